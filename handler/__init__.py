@@ -1,0 +1,1 @@
+"""Requests, scheduling, the engine and the TorchServe handler."""

@@ -1,0 +1,161 @@
+"""The engine's settings: one frozen object, checked once, from whatever the user wrote.
+
+Owns names, types, defaults and limits of all settings, which are the same in the ``handler:``
+section of ``model-config.yaml``, as keywords of ``LLM(...)`` and on the command line. Knows
+nothing of models or devices beyond their names: what depends on them is resolved at start by
+``engine_builder``. Imports no torch.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from pagetier.handler.errors import ConfigError
+
+# Names that vLLM's users know and whose feature does not exist here yet: refused, never ignored.
+NOT_SUPPORTED_YET = frozenset({
+    "cpu_offload_gb", "cudagraph_capture_sizes", "kv_cache_dtype", "quantization",
+    "tensor_parallel_size", "skip_tokenizer_init",
+})  # fmt: skip
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of an engine. Make it with ``EngineConfig.create``, which names wrong keys.
+
+    Attributes:
+        model: a local Hugging Face folder or a hub id.
+        tokenizer: likewise; None takes the model's.
+        dtype: of weights, activations and KV cache; ``auto`` is the checkpoint's own, on a CPU
+            float32.
+        seed: of random weights (``load_format: dummy``).
+        max_model_len: most tokens of prompt and output together; None takes the model's, or what
+            the GPU tier holds if that is less.
+        block_size: tokens in a KV block.
+        gpu_memory_utilization: share of the GPU's memory used in all, in (0, 1].
+        num_gpu_blocks_override: size of the GPU tier in blocks, instead of measuring.
+        swap_space: size of the CPU tier in GiB; fractions are fine; 0 means none.
+        preemption_mode: ``swap``, ``recompute``, or ``auto``: the cheaper one each time.
+        enable_prefix_caching: share KV blocks of equal prefixes between requests.
+        max_num_seqs: most sequences in a step.
+        max_num_batched_tokens: most tokens in a step; longer prompts go in chunks.
+        scheduling_policy: ``fcfs``, or ``priority`` (lower numbers first, then arrival).
+        max_num_queued_reqs: most requests waiting; one more is refused with 429.
+        served_model_name: what clients call the model; None takes the archive's name.
+        chat_template: path of a Jinja template, instead of the tokenizer's own.
+        trust_remote_code: run code that comes with the model.
+        device: ``auto`` takes a GPU where there is one.
+        load_format: ``dummy`` makes random weights from ``config.json`` alone.
+        enforce_eager: must stay true: CUDA graphs do not exist here yet.
+        decision_trace: keep a record of every step's decisions, for ``trace``.
+        max_overtaken: how often later requests may pass one that does not fit, before they wait.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    block_size: int = 16
+    gpu_memory_utilization: float = 0.9
+    num_gpu_blocks_override: int | None = None
+    swap_space: float = 4.0
+    preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    max_num_queued_reqs: int = 1024
+    served_model_name: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    enforce_eager: bool = True
+    decision_trace: bool = False
+    max_overtaken: int = 16
+
+    @classmethod
+    def create(cls, settings: Mapping[str, Any]) -> "EngineConfig":
+        """Check ``settings`` and return them as a config.
+
+        Raises:
+            ConfigError: a key is unknown, not supported yet, of the wrong type, or impossible;
+                ``param`` names it.
+        """
+        for key in settings:
+            if key in NOT_SUPPORTED_YET:
+                raise ConfigError(
+                    f"The setting '{key}' is not supported yet; remove it.", param=key
+                )
+            if key not in cls.__struct_fields__:
+                close = difflib.get_close_matches(str(key), cls.__struct_fields__, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                raise ConfigError(f"Unknown setting '{key}'.{hint}", param=str(key))
+        if not settings.get("model"):
+            raise ConfigError(
+                "The setting 'model' is missing: name a local Hugging Face folder or a hub id.",
+                param="model",
+            )
+        for key, value in settings.items():
+            try:
+                msgspec.convert(value, _FIELD_TYPES[key])
+            except msgspec.ValidationError as exc:
+                raise ConfigError(
+                    f"The setting '{key}' has the impossible value {value!r}: "
+                    f"{_lower_first(str(exc))}.",
+                    param=key,
+                ) from None
+        config = msgspec.convert(dict(settings), cls)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        def require(ok: bool, key: str, rule: str) -> None:
+            if not ok:
+                raise ConfigError(
+                    f"The setting '{key}' must be {rule}, not {getattr(self, key)!r}.", param=key
+                )
+
+        require(1 <= self.block_size <= 1024, "block_size", "1 to 1024 tokens")
+        require(
+            0.0 < self.gpu_memory_utilization <= 1.0,
+            "gpu_memory_utilization",
+            "above 0 and at most 1",
+        )
+        require(0.0 <= self.swap_space < float("inf"), "swap_space", "0 GiB or more")
+        for key in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+            require(getattr(self, key) >= 1, key, "1 or more")
+        require(self.max_overtaken >= 0, "max_overtaken", "0 or more")
+        require(
+            self.max_model_len is None or self.max_model_len >= 2,
+            "max_model_len",
+            "2 tokens or more",
+        )
+        require(
+            self.num_gpu_blocks_override is None or self.num_gpu_blocks_override >= 2,
+            "num_gpu_blocks_override",
+            "2 blocks or more",
+        )
+        require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            f"at least max_num_seqs ({self.max_num_seqs}), so that every running sequence "
+            "gets a token each step",
+        )
+        if not self.enforce_eager:
+            raise ConfigError(
+                "The setting 'enforce_eager: false' is not supported yet: CUDA "
+                "graphs do not exist here; leave it out.",
+                param="enforce_eager",
+            )
+
+
+_FIELD_TYPES: dict[str, Any] = {
+    field.name: field.type for field in msgspec.structs.fields(EngineConfig)
+}
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

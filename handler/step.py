@@ -1,0 +1,75 @@
+"""What one engine step is asked to do, and what came of it.
+
+Owns the plain data that travels from the scheduler to a model runner and back, and the protocol
+that a runner keeps. Knows nothing of queues, blocks or devices, and imports no torch.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+from pagetier.handler.request import Sequence, TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence's share of a step: tokens ``[start, start + num_tokens)``.
+
+    The last of these may be a token that an earlier launched step samples and that the host does
+    not know yet (``start + num_tokens > sequence.num_tokens``): the runner then takes it from its
+    own buffer, row ``sequence.row``. ``samples`` says whether a token is sampled after this share.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: who runs, and which GPU blocks are copied (source, destination) before it."""
+
+    step_id: int
+    scheduled: list[ScheduledSequence]
+    block_copies: list[tuple[int, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """Tokens of a collected step, one for each scheduled sequence with ``samples``, in order."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class StepHandle(Protocol):
+    """A launched step."""
+
+    event: Any
+    """Passes when the step's device work has ended: a CUDA event, or a future on the CPU. Copies
+    between tiers are ordered after it."""
+
+    def collect(self) -> StepResult:
+        """Wait for the step and return its tokens; raises what the step raised."""
+        ...
+
+
+class Runner(Protocol):
+    """Whatever can run steps: the real model, or a fake one in tests."""
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step and return at once.
+
+        Everything needed from the sequences (tokens, block tables, sampling settings) is read
+        before this returns: they change afterwards. Steps run in the order of their launches.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wait for launched steps and give the device memory back."""
+        ...

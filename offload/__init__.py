@@ -1,0 +1,1 @@
+"""The CPU tier: memory of both tiers, copies between them, and what they cost."""
