@@ -111,7 +111,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag=True):
-    """Stop these requests, in whatever state, and give back what they hold. Unknown ids are fine."""
+    """Stop these requests, in whatever state, and free what they hold; unknown ids are fine."""
 
     request_ids: list[str]
 
@@ -285,7 +285,7 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens whose keys and values no launched step has computed yet, in-flight ones included."""
+        """Tokens, in-flight ones included, that no launched step computes yet."""
         return len(self.token_ids) + self.num_in_flight - self.num_computed_tokens
 
     @property

@@ -78,7 +78,7 @@ class KVLayout:
             for which, dim in enumerate((layer.key_dim, layer.value_dim)):
                 start = offsets[2 * index + which] // itemsize
                 length = layer.kv_heads * self.block_size * dim
-                piece = typed[:, start : start + length]
-                pair.append(piece.unflatten(1, (layer.kv_heads, self.block_size, dim)))
+                shape = (pages.shape[0], layer.kv_heads, self.block_size, dim)
+                pair.append(typed[:, start : start + length].view(shape))
             pieces.append((pair[0], pair[1]))
         return pieces
