@@ -5,6 +5,7 @@
     EngineError                 500  something of ours broke
     ├── ConfigError             500  a setting is unknown or impossible (at start)
     ├── ModelError              500  the model cannot be read or is not supported (at start)
+    ├── LaunchError             500  the server cannot be started (at start)
     ├── InvalidRequest          400  the request itself is wrong
     │   ├── PromptTooLong       400  it cannot fit, however long it waits
     │   └── NotFound            404  unknown route or model
@@ -39,6 +40,10 @@ class ConfigError(EngineError):
 
 class ModelError(EngineError):
     """The model cannot be read, or its architecture is not supported."""
+
+
+class LaunchError(EngineError):
+    """TorchServe cannot be started, or its worker does not become ready."""
 
 
 class InvalidRequest(EngineError):

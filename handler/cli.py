@@ -1,0 +1,203 @@
+"""The ``pagetier`` command: make archives, serve them, show a demonstration.
+
+Owns the command line: its arguments, what it prints, exit codes. A mistake of the user's is one
+sentence on stderr and exit code 1. Imports no torch.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from pagetier import __version__
+from pagetier.handler.errors import ConfigError, EngineError, LaunchError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (without the program's name) and return its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except EngineError as exc:
+        print(f"pagetier: {exc.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pagetier: interrupted.", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pagetier", description="Language models on TorchServe with a two-tier KV cache."
+    )
+    parser.add_argument("--version", action="version", version=f"pagetier {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    archive = commands.add_parser("archive", help="make a .mar archive of a model for TorchServe")
+    archive.add_argument("model", help="a local Hugging Face folder, or a hub id")
+    archive.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="the archive, NAME.mar; NAME is the model's name in TorchServe "
+        "(default: model_store/, and the model's own name)",
+    )
+    archive.add_argument(
+        "--bundle", action="store_true", help="pack the model's files into the archive"
+    )
+    _add_settings(archive)
+    archive.set_defaults(run=_archive)
+
+    serve = commands.add_parser("serve", help="serve archives until Ctrl-C")
+    serve.add_argument("archives", nargs="+", type=Path, metavar="NAME.mar")
+    serve.add_argument(
+        "--port",
+        type=int,
+        help="for inference; management, metrics and gRPC take the four ports after it "
+        "(default: those of the configuration)",
+    )
+    serve.add_argument(
+        "--ts-config", type=Path, help="a config.properties instead of the safe installed one"
+    )
+    serve.add_argument(
+        "--log-dir", type=Path, default=Path("logs"), help="where to log (default: logs/)"
+    )
+    serve.set_defaults(run=_serve)
+
+    demo = commands.add_parser(
+        "demo", help="serve a model with too little KV memory, and show that nothing is lost"
+    )
+    demo.add_argument("model", help="a local Hugging Face folder")
+    demo.add_argument("--requests", type=int, default=8, help="concurrent requests (default: 8)")
+    demo.add_argument("--max-tokens", type=int, default=96, help="of each request (default: 96)")
+    demo.add_argument("--port", type=int, help="as in serve (default: free ports)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="an engine setting, for instance swap_space=8 or dtype=bfloat16; may be repeated",
+    )
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Settings from ``KEY=VALUE`` texts; values are read as YAML.
+
+    Raises:
+        ConfigError: a text is not of that form, or a key is given twice.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'--set {pair}' must look like --set KEY=VALUE.")
+        if key in settings:
+            raise ConfigError(f"The setting '{key}' is given twice.", param=key)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"The value of '--set {pair}' cannot be read; quote it as in YAML.", param=key
+            ) from None
+    return settings
+
+
+def _archive(arguments: argparse.Namespace) -> int:
+    from pagetier.handler.archive import create_archive
+
+    name = Path(arguments.model).expanduser().resolve().name
+    output = arguments.output or Path("model_store") / f"{name}.mar"
+    path = create_archive(
+        arguments.model,
+        output,
+        bundle=arguments.bundle,
+        settings=parse_settings(arguments.settings),
+    )
+    print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pagetier.handler.torchserve import TorchServe
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    server = TorchServe(
+        arguments.archives,
+        ts_config=arguments.ts_config,
+        port=arguments.port,
+        log_dir=arguments.log_dir,
+    )
+    start = time.monotonic()
+    _say("Starting TorchServe ...")
+    try:
+        server.start()
+        server.wait_ready(on_progress=lambda line: _say(f"  {line}"))
+        _say(f"Ready after {time.monotonic() - start:.1f} s; the log is '{server.log_path}'.\n")
+        for name, settings in server.model_settings.items():
+            _say(
+                _how_to_call(
+                    server.openai_base_url(name),
+                    server.inference_key,
+                    settings.get("served_model_name") or name,
+                )
+            )
+        _say("Stop with Ctrl-C.")
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            _say("Stopping ...")
+            return 0
+        raise LaunchError(f"TorchServe ended by itself; see '{server.log_path}'.")
+    finally:
+        # Being asked twice must not leave half of it running.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        server.stop()
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from pagetier.handler.demo import run_demo
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    return run_demo(
+        arguments.model,
+        num_requests=arguments.requests,
+        max_tokens=arguments.max_tokens,
+        port=arguments.port,
+    )
+
+
+def _how_to_call(base_url: str, key: str, model: str) -> str:
+    body = f'{{"model": "{model}", "prompt": "Return the", "max_tokens": 32, "stream": true}}'
+    return (
+        f"OpenAI base URL:  {base_url}\n"
+        f"API key:          {key or '(none needed)'}\n"
+        f"Model:            {model}\n\n"
+        f"  curl -N {base_url}/completions \\\n"
+        f'    -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\\n'
+        f"    -d '{body}'\n\n"
+        f'  curl {base_url.removesuffix("/v1")}/stats -H "Authorization: Bearer {key}"\n'
+    )
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
