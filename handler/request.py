@@ -13,7 +13,7 @@ States of a sequence::
        └───────────────────────────────>  │ ^            │
                 (prefix found in the CPU tier)     any state, on abort
 
-WAITING    never ran; holds no block
+WAITING    never ran; holds no block (a failed load leads back here or to PREEMPTED)
 LOADING    holds its whole reservation; blocks are being copied in; in no launched step
 RUNNING    holds blocks; may be scheduled
 PREEMPTED  ran before; holds no GPU block; may hold CPU blocks
@@ -202,7 +202,7 @@ class SequenceStatus(enum.Enum):
 _S = SequenceStatus
 _LEGAL_MOVES = {
     _S.WAITING: {_S.RUNNING, _S.LOADING, _S.FINISHED},
-    _S.LOADING: {_S.RUNNING, _S.PREEMPTED, _S.FINISHED},
+    _S.LOADING: {_S.RUNNING, _S.WAITING, _S.PREEMPTED, _S.FINISHED},
     _S.RUNNING: {_S.PREEMPTED, _S.FINISHED},
     _S.PREEMPTED: {_S.RUNNING, _S.LOADING, _S.FINISHED},
     _S.FINISHED: set(),
@@ -232,6 +232,8 @@ class Sequence:
         "num_overtaken",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_published_blocks",
+        "num_swapped_tokens",
         "params",
         "priority",
         "request_id",
@@ -266,7 +268,9 @@ class Sequence:
         self.row = -1
         self.block_tables: list[list[int]] = []  # per KV group: GPU block ids
         self.swapped_blocks: list[list[int]] = []  # per KV group: CPU block ids held for resuming
-        self.block_hashes: list[bytes] = []  # chained content hashes of full known blocks
+        self.num_swapped_tokens = 0  # tokens that ``swapped_blocks`` hold
+        self.block_hashes: list[bytes] = []  # chained content hashes of full blocks of known tokens
+        self.num_published_blocks = 0  # leading blocks of the table whose hashes were published
 
     def move_to(self, status: SequenceStatus) -> None:
         """Change state; an illegal move is a bug of ours and asserts."""

@@ -1,0 +1,128 @@
+"""The engine: one step after another, each launched before the one before it is collected.
+
+Owns the loop and what is in flight between two calls of ``step``. Knows nothing of how a step is
+planned (``Scheduler``), run (``Runner``) or of how bytes move (``Link``), nor of processes,
+tokenisers and texts. An ordinary object: the engine process and the offline ``LLM`` both drive it.
+"""
+
+import logging
+from typing import Any
+
+from pagetier.handler.errors import InvalidRequest
+from pagetier.handler.kv_cache_manager import Direction
+from pagetier.handler.request import AddRequest, RequestOutput
+from pagetier.handler.scheduler import Scheduler
+from pagetier.handler.step import Runner, StepHandle, StepPlan
+from pagetier.offload.transfer import Link
+
+logger = logging.getLogger(__name__)
+
+# How long an idle step waits for a copy to end before it looks again.
+_LINK_WAIT_SECONDS = 0.01
+
+
+class EngineCore:
+    """Serves requests with one model on one device.
+
+    Args:
+        scheduler: decides each step; holds the requests.
+        runner: runs steps.
+        link: moves blocks between the tiers.
+        vocab_size: token ids are below this.
+        eos_token_ids: the model's own end-of-sequence tokens.
+        info: limits and sizes found at start, for ``stats`` and the log.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        link: Link,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.max_model_len = scheduler.max_model_len
+        self.info = info or {}
+        self._runner = runner
+        self._link = link
+        self._in_flight: tuple[StepPlan, StepHandle] | None = None
+        self._last_event: Any = None
+
+    def add_request(self, request: AddRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it names token ids the model does not have, or holds none.
+            PromptTooLong: it cannot fit, however long it waits.
+            QueueFull: as many wait as may.
+        """
+        token_ids = request.prompt_token_ids
+        if not token_ids:
+            raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
+        worst = max(token_ids) if min(token_ids) >= 0 else min(token_ids)
+        if not 0 <= worst < self.vocab_size:
+            raise InvalidRequest(
+                f"The prompt holds token id {worst}, but the model's ids are 0 to "
+                f"{self.vocab_size - 1}.",
+                param="prompt",
+            )
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End these requests and free what they hold; unknown ids are fine."""
+        self.scheduler.abort(request_ids)
+
+    def has_work(self) -> bool:
+        """Whether ``step`` would do anything: requests, a launched step, or copies under way."""
+        busy = self.scheduler.has_work or self._in_flight is not None
+        return busy or self.scheduler.manager.num_transfers_in_flight > 0
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next step, then collect the one before it and return what came of it."""
+        self._poll_link()
+        plan = self.scheduler.schedule()
+        self._submit_transfers()
+        launched = (plan, self._runner.launch(plan)) if plan.scheduled else None
+        if launched is not None:
+            self._last_event = launched[1].event
+        collected, self._in_flight = self._in_flight, launched
+        if collected is not None:
+            return self.scheduler.update(collected[0], collected[1].collect())
+        if launched is None:
+            self._link.wait(_LINK_WAIT_SECONDS)
+        return []
+
+    def _poll_link(self) -> None:
+        for done in self._link.poll():
+            self.scheduler.complete_transfer(
+                done.transfer_id, error=done.error, seconds=done.seconds
+            )
+
+    def _submit_transfers(self) -> None:
+        # Every launched step may read what a copy overwrites or write what it reads: the latest
+        # launch is the event to wait for, in either direction.
+        for transfer in self.scheduler.manager.take_transfers():
+            self._link.submit(
+                transfer.transfer_id,
+                transfer.block_ids,
+                to_cpu=transfer.direction is Direction.OUT,
+                after=self._last_event,
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and totals under the stems of the metrics' names, and what start-up found."""
+        return {**self.scheduler.stats(), **self.info}
+
+    def trace(self) -> list[dict[str, Any]]:
+        """The last steps' decisions, oldest first; empty unless ``decision_trace`` is set."""
+        return list(self.scheduler.trace)
+
+    def close(self) -> None:
+        """Finish what is launched and give the device back. Requests still open are dropped."""
+        self._link.close()
+        self._runner.close()

@@ -1,0 +1,495 @@
+"""Who runs in the next step: queues, one token budget a step, preemption and resumption.
+
+Owns the life of sequences from arrival to end: the waiting queue (new and preempted ones
+together), those whose blocks are being loaded, the running ones, and the decisions between them.
+Asks ``KVCacheManager`` for blocks and ``CostModel`` for prices. Knows nothing of tensors, devices
+or how a step is run, and imports no torch.
+
+A step is scheduled while the one before it still runs: sampled tokens arrive one step late
+(``update``), and the running sequences are planned ahead without them. All queues are in the order
+of ``(priority, arrival)``, which under ``fcfs`` is arrival alone. Room is taken from the end of
+that order only, so the first running sequence is never preempted and always finishes.
+"""
+
+import bisect
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from pagetier.handler.config import EngineConfig
+from pagetier.handler.errors import PromptTooLong, QueueFull
+from pagetier.handler.kv_cache_manager import Direction, KVCacheManager, PrefixMatch
+from pagetier.handler.metrics import EngineTotals
+from pagetier.handler.request import (
+    AddRequest,
+    RequestOutput,
+    Sequence,
+    SequenceStatus,
+)
+from pagetier.handler.step import ScheduledSequence, StepPlan, StepResult
+from pagetier.offload.cost_model import CostModel
+
+logger = logging.getLogger(__name__)
+
+_TRACE_STEPS = 4096
+# Waiting sequences looked at in one step that turn out not to fit: bounds the work of a step.
+_MAX_MISFITS = 16
+
+
+class Scheduler:
+    """Decides each step.
+
+    Args:
+        config: limits and policies.
+        manager: both tiers' blocks.
+        cost_model: what swapping and recomputing would cost.
+        max_model_len: most tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        manager: KVCacheManager,
+        cost_model: CostModel,
+        max_model_len: int,
+    ) -> None:
+        self.config = config
+        self.manager = manager
+        self.cost_model = cost_model
+        self.max_model_len = max_model_len
+        self.totals = EngineTotals()
+        self.waiting: list[Sequence] = []
+        self.loading: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.trace: deque[dict[str, Any]] = deque(maxlen=_TRACE_STEPS)
+        self._sequences: dict[str, Sequence] = {}
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._num_arrived = 0
+        self._step_id = 0
+        self._decisions: list[dict[str, Any]] = []
+
+    # --- arrival and departure ---
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            PromptTooLong: it cannot fit, however long it waits.
+            QueueFull: as many wait as may.
+        """
+        num_prompt = len(request.prompt_token_ids)
+        if num_prompt >= self.max_model_len:
+            raise PromptTooLong(
+                f"The prompt has {num_prompt} tokens, but the model takes "
+                f"{self.max_model_len} including at least one generated; shorten it.",
+                param="prompt",
+            )
+        num_new = [s.num_preemptions for s in self.waiting].count(0)
+        if num_new >= self.config.max_num_queued_reqs:
+            raise QueueFull(
+                f"{num_new} requests are waiting already, which is the most allowed "
+                "(max_num_queued_reqs); try again later."
+            )
+        assert request.request_id not in self._sequences, request.request_id
+        sequence = Sequence(request, self._num_arrived)
+        self._num_arrived += 1
+        self._sequences[request.request_id] = sequence
+        bisect.insort(self.waiting, sequence, key=self._order)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these requests in whatever state; unknown ids are fine."""
+        for request_id in request_ids:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                self._finish(sequence, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._sequences)
+
+    # --- planning a step ---
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step; it may be empty when everything waits for copies."""
+        self._decisions = []
+        self.manager.begin_step()
+        self._settle_loads()
+        self._preempt_for_priority()
+        num_preemptions = self.totals.num_preemptions
+        scheduled, stalled = self._schedule_running()
+        if not stalled and num_preemptions == self.totals.num_preemptions:
+            self._admit_waiting(scheduled)
+        self.manager.plan_demotion()
+        plan = StepPlan(self._step_id, scheduled, self.manager.take_block_copies())
+        self._commit(plan)
+        return plan
+
+    def _schedule_running(self) -> tuple[list[ScheduledSequence], bool]:
+        """Give running sequences their tokens, oldest first.
+
+        Decodes never wait for prefills: their share of the budget is set aside. Also returns
+        whether somebody stalled for want of blocks.
+        """
+        shares = []
+        stalled = False
+        num_decoding = sum(s.num_uncomputed_tokens == 1 for s in self.running)
+        prefill_budget = self.config.max_num_batched_tokens - num_decoding
+        position = 0
+        while position < len(self.running):
+            sequence = self.running[position]
+            num_tokens = self._num_wanted(sequence)
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, prefill_budget)
+                prefill_budget -= num_tokens
+            if num_tokens == 0:
+                position += 1
+                continue
+            # After a stall, those behind may use slots they have, but take no block that the
+            # stalled one waits for.
+            target = sequence.num_computed_tokens + num_tokens
+            if stalled:
+                has_room = self.manager.num_missing_for(sequence, target) == 0
+            else:
+                has_room = self._make_room(sequence, target)
+                stalled = not has_room
+            if has_room:
+                shares.append(self._share(sequence, num_tokens))
+            if sequence.status is SequenceStatus.RUNNING:
+                position += 1
+        return shares, stalled
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Grow a running sequence, preempting later ones; False if it must wait for copies."""
+        while not self.manager.grow(sequence, num_tokens):
+            missing = self.manager.num_missing_for(sequence, num_tokens)
+            pool = self.manager.gpu
+            if pool.num_free + pool.num_draining >= missing:
+                return False  # enough is on its way: nobody else has to go
+            victim = self.running[-1]
+            if victim is sequence and (len(self.running) == 1):
+                return False  # the last one standing waits for loads and copies to end
+            self._preempt(victim, f"{sequence.request_id} needs {missing} blocks")
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit_waiting(self, scheduled: list[ScheduledSequence]) -> None:
+        """Start or resume waiting sequences while tokens, seats and blocks last."""
+        budget = self.config.max_num_batched_tokens - sum(s.num_tokens for s in scheduled)
+        misfits: list[Sequence] = []
+        for sequence in list(self.waiting):
+            if budget == 0 or not self._free_rows or len(misfits) >= _MAX_MISFITS:
+                break
+            match = self._match(sequence) if self._is_settled(sequence) else None
+            if match is None or not self._fits(sequence, match):
+                misfits.append(sequence)
+                if sequence.num_overtaken >= self.config.max_overtaken:
+                    break
+                continue
+            self._admit(sequence, match)
+            for passed in misfits:
+                passed.num_overtaken += 1
+            if sequence.status is SequenceStatus.RUNNING:
+                num_tokens = min(self._num_wanted(sequence), budget)
+                if self.manager.grow(sequence, sequence.num_computed_tokens + num_tokens):
+                    budget -= num_tokens
+                    scheduled.append(self._share(sequence, num_tokens))
+            if any(s.num_overtaken >= self.config.max_overtaken for s in misfits):
+                break
+
+    def _is_settled(self, sequence: Sequence) -> bool:
+        """Whether all its tokens are known and all its copies out have ended."""
+        return not sequence.num_in_flight and self.manager.is_swap_settled(sequence)
+
+    def _match(self, sequence: Sequence) -> PrefixMatch:
+        """The prefix to start from: loaded where that is cheaper than computing it."""
+        match = self.manager.match(sequence)
+        if match.num_loads and self.config.preemption_mode != "swap":
+            without = self.manager.match(sequence, allow_loads=False)
+            num_loaded_tokens = match.num_loads * self.config.block_size
+            load = self.cost_model.load_seconds(num_loaded_tokens)
+            if load > self.cost_model.recompute_seconds(match.num_tokens, without.num_tokens):
+                return without
+        return match
+
+    def _fits(self, sequence: Sequence, match: PrefixMatch) -> bool:
+        """Whether all known tokens and one more fit beside the running sequences' next blocks."""
+        missing = self.manager.num_missing_blocks(match, self._reservation(sequence))
+        watermark = max(1, self.manager.gpu.num_blocks // 100) if self._is_busy else 0
+        return missing + watermark <= self.manager.gpu.num_free
+
+    def _reservation(self, sequence: Sequence) -> int:
+        """Tokens that a sequence needs room for before it starts: what it has, and one more."""
+        return min(sequence.num_tokens + 1, self._max_tokens(sequence))
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self.running or self.loading)
+
+    def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
+        self.waiting.remove(sequence)
+        sequence.row = self._free_rows.pop()
+        sequence.num_overtaken = 0
+        num_swapped = sequence.num_swapped_tokens
+        must_load = self.manager.admit(sequence, match, self._reservation(sequence))
+        is_new = sequence.num_preemptions == 0
+        if is_new:
+            sequence.num_cached_tokens = match.num_tokens
+            self.totals.prefix_cache_queries += sequence.num_tokens
+            self.totals.prefix_cache_hits += match.num_tokens
+        else:
+            self.totals.num_recomputed_tokens += sequence.num_tokens - 1 - match.num_tokens
+        if must_load:
+            sequence.move_to(SequenceStatus.LOADING)
+            self.loading.append(sequence)
+            self.totals.num_resumes_loaded += not is_new
+        else:
+            self._start(sequence)
+        self._decide(
+            "start" if is_new else "resume",
+            sequence,
+            num_cached_tokens=match.num_tokens,
+            num_loads=match.num_loads,
+            num_swapped_tokens=num_swapped,
+        )
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.move_to(SequenceStatus.RUNNING)
+        bisect.insort(self.running, sequence, key=self._order)
+
+    def _settle_loads(self) -> None:
+        """Sequences whose blocks have all arrived run; those whose load failed wait again."""
+        for sequence in [s for s in self.loading if self.manager.is_loaded(s)]:
+            self.loading.remove(sequence)
+            if self.manager.finish_load(sequence):
+                self._start(sequence)
+            else:
+                self._decide("load failed", sequence)
+                self._requeue(sequence)
+
+    def _num_wanted(self, sequence: Sequence) -> int:
+        """Tokens the sequence could compute now; 0 if its last one is already in flight."""
+        if sequence.num_tokens + sequence.num_in_flight >= self._max_tokens(sequence):
+            return 0
+        return sequence.num_uncomputed_tokens
+
+    def _max_tokens(self, sequence: Sequence) -> int:
+        """The length at which the sequence ends, prompt included."""
+        if sequence.params.max_tokens is None:
+            return self.max_model_len
+        return min(sequence.num_prompt_tokens + sequence.params.max_tokens, self.max_model_len)
+
+    @staticmethod
+    def _share(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        return ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens, samples)
+
+    # --- preemption ---
+
+    def _preempt(self, victim: Sequence, reason: str) -> None:
+        """Take a running sequence's blocks, by the cheaper way or the only one."""
+        manager, config = self.manager, self.config
+        num_tokens = victim.num_computed_tokens
+        num_blocks_out = manager.num_blocks_to_copy_out(victim)
+        swap_seconds = self.cost_model.swap_seconds(num_tokens, num_blocks_out)
+        recompute_seconds = self.cost_model.recompute_seconds(num_tokens)
+        wants_swap = config.preemption_mode == "swap" or (
+            config.preemption_mode == "auto" and swap_seconds <= recompute_seconds
+        )
+        swapped = wants_swap and manager.swap_out(victim)
+        if not swapped:
+            manager.drop(victim)
+        mode = "swap" if swapped else "recompute"
+        victim.num_preemptions += 1
+        self.totals.num_preemptions += 1
+        self.totals.num_preemptions_swap += swapped
+        self.totals.num_preemptions_recompute += not swapped
+        self.running.remove(victim)
+        self._requeue(victim)
+        if wants_swap and not swapped:
+            reason += "; the CPU tier is full"
+        logger.debug(
+            "%s preempted (%s) with %d tokens: %s; swap %.2f ms, recompute %.2f ms",
+            victim.request_id,
+            mode,
+            num_tokens,
+            reason,
+            swap_seconds * 1e3,
+            recompute_seconds * 1e3,
+        )
+        self._decide(
+            "preempt",
+            victim,
+            mode=mode,
+            reason=reason,
+            num_tokens=num_tokens,
+            swap_seconds=swap_seconds,
+            recompute_seconds=recompute_seconds,
+        )
+
+    def _preempt_for_priority(self) -> None:
+        """Make room for a waiting sequence that comes before running ones of lower priority."""
+        if self.config.scheduling_policy != "priority":
+            return
+        first = self.waiting[0] if self.waiting else None
+        if first is None or not self._is_settled(first):
+            return
+        pool = self.manager.gpu
+        match = self._match(first)
+        while self.running and self.running[-1].priority > first.priority:
+            missing = self.manager.num_missing_blocks(match, self._reservation(first))
+            if self._free_rows and pool.num_free + pool.num_draining > missing:
+                return
+            self._preempt(self.running[-1], f"{first.request_id} has priority")
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self._free_rows.append(sequence.row)
+        sequence.row = -1
+        was_running = sequence.num_preemptions > 0
+        sequence.move_to(SequenceStatus.PREEMPTED if was_running else SequenceStatus.WAITING)
+        bisect.insort(self.waiting, sequence, key=self._order)
+
+    # --- learning what came of a step ---
+
+    def _commit(self, plan: StepPlan) -> None:
+        """Count the planned tokens as computed: whatever is launched later runs later."""
+        self._step_id += 1
+        for share in plan.scheduled:
+            sequence = share.sequence
+            sequence.num_computed_tokens += share.num_tokens
+            sequence.num_in_flight += share.samples
+            self.manager.publish_computed(sequence)
+        if plan.scheduled:
+            self._count(plan)
+        if self.config.decision_trace and (plan.scheduled or self._decisions):
+            ran = [(s.sequence.request_id, s.start, s.num_tokens) for s in plan.scheduled]
+            self.trace.append(
+                {"step": plan.step_id, "scheduled": ran, "decisions": self._decisions}
+            )
+
+    def _count(self, plan: StepPlan) -> None:
+        self.totals.num_steps += 1
+        self.totals.num_scheduled_sequences += len(plan.scheduled)
+        holders = [*self.running, *self.loading]
+        self.totals.count_slots(
+            num_allocated=self.manager.gpu.num_referenced * self.config.block_size,
+            num_filled=self._num_filled_slots(holders),
+            num_preallocated=len(holders) * self.max_model_len,
+        )
+
+    def _num_filled_slots(self, holders: list[Sequence]) -> int:
+        """Slots with a token in them; blocks shared by several sequences are counted once."""
+        num_filled = sum(s.num_computed_tokens for s in holders)
+        num_held = sum(len(s.block_tables[0]) for s in holders)
+        # Only full blocks are shared for longer than a step.
+        num_shared = num_held - self.manager.gpu.num_referenced
+        return num_filled - max(num_shared, 0) * self.config.block_size
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Take in the tokens of a collected step; tokens of ended sequences are discarded."""
+        outputs = []
+        sampled = [share.sequence for share in plan.scheduled if share.samples]
+        for sequence, token_id, logprobs in zip(
+            sampled, result.token_ids, result.logprobs, strict=True
+        ):
+            if sequence.is_finished:
+                continue
+            sequence.num_in_flight -= 1
+            sequence.token_ids.append(token_id)
+            if sequence.num_output_tokens == 1:
+                self.totals.prompt_tokens += sequence.num_prompt_tokens
+            self.totals.generation_tokens += 1
+            finish_reason = self._finish_reason(sequence, token_id)
+            outputs.append(
+                RequestOutput(
+                    request_id=sequence.request_id,
+                    new_token_ids=[token_id],
+                    logprobs=None if logprobs is None else [logprobs],
+                    finish_reason=finish_reason,
+                    stop_reason=sequence.stop_reason,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                    num_preemptions=sequence.num_preemptions,
+                )
+            )
+            if finish_reason is not None:
+                self._finish(sequence, finish_reason)
+            elif sequence.block_tables:
+                self.manager.publish_computed(sequence)
+        return outputs
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        if token_id in sequence.eos_token_ids:
+            return "stop"
+        if token_id in (sequence.params.stop_token_ids or ()):
+            sequence.stop_reason = token_id
+            return "stop"
+        return "length" if sequence.num_tokens >= self._max_tokens(sequence) else None
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        for queue in (self.running, self.waiting, self.loading):
+            if sequence in queue:
+                queue.remove(sequence)
+                break
+        if sequence.block_tables:
+            self.manager.publish_computed(sequence)
+        self.manager.free(sequence)
+        if sequence.row >= 0:
+            self._free_rows.append(sequence.row)
+            sequence.row = -1
+        sequence.finish_reason = reason
+        sequence.move_to(SequenceStatus.FINISHED)
+        del self._sequences[sequence.request_id]
+        self.totals.request_success[reason] += 1
+
+    def complete_transfer(self, transfer_id: int, *, error: str | None, seconds: float) -> None:
+        """A copy between the tiers has ended after ``seconds``, or failed with ``error``."""
+        transfer = self.manager.complete(transfer_id, ok=error is None)
+        num_bytes = len(transfer.block_ids) * self.cost_model.block_bytes
+        if error is not None:
+            self.totals.num_failed_transfers += 1
+            logger.warning("A copy of %d KV blocks failed: %s", len(transfer.block_ids), error)
+        elif transfer.direction is Direction.OUT:
+            self.totals.kv_offload_store_bytes += num_bytes
+            self.totals.kv_offload_store_time += seconds
+        else:
+            self.totals.kv_offload_load_bytes += num_bytes
+            self.totals.kv_offload_load_time += seconds
+
+    def stats(self) -> dict[str, Any]:
+        """Gauges and totals under the stems of the metrics' names; shares are in [0, 1]."""
+        gpu, cpu = self.manager.gpu, self.manager.cpu
+        num_preempted = sum(s.status is SequenceStatus.PREEMPTED for s in self.waiting)
+        totals = dataclasses.asdict(self.totals)
+        totals["request_success"] = dict(self.totals.request_success)
+        return {
+            "num_requests_running": len(self.running),
+            "num_requests_waiting": len(self.waiting) - num_preempted,
+            "num_requests_swapped": sum(bool(s.swapped_blocks) for s in self.waiting),
+            "num_requests_preempted": num_preempted,
+            "num_requests_loading": len(self.loading),
+            "kv_cache_usage_perc": gpu.num_referenced / gpu.num_blocks,
+            "cpu_cache_usage_perc": cpu.num_cached / cpu.num_blocks if cpu.num_blocks else 0.0,
+            "num_gpu_blocks": gpu.num_blocks,
+            "num_gpu_blocks_free": gpu.num_free,
+            "num_cpu_blocks": cpu.num_blocks,
+            "num_cpu_blocks_free": cpu.num_free,
+            "kv_waste_perc": self.totals.kv_waste_perc,
+            "kv_waste_preallocated_perc": self.totals.kv_waste_preallocated_perc,
+            "mean_running_batch": self.totals.mean_running_batch,
+            **totals,
+        }
+
+    # --- helpers ---
+
+    def _order(self, sequence: Sequence) -> tuple[int, int]:
+        if self.config.scheduling_policy == "fcfs":
+            return (0, sequence.arrival)
+        return (sequence.priority, sequence.arrival)
+
+    def _decide(self, action: str, sequence: Sequence, **details: Any) -> None:
+        if self.config.decision_trace:
+            decision = {"action": action, "request_id": sequence.request_id, **details}
+            self._decisions.append(decision)
