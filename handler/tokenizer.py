@@ -1,0 +1,415 @@
+"""Text to token ids and back: encoding, chat templates, incremental decoding, stop strings.
+
+Owns everything about text. Knows nothing of how tokens are made, nor of how text is sent to a
+client. The handler and the offline ``LLM`` feed an ``OutputAssembler`` with what the engine
+reports of a request, and get text that is safe to show.
+
+Decoding is incremental: a token costs the same however long the output is. Where the tokenizer is
+byte-level (GPT-2, Llama 3, Qwen, ...), a token is a string of bytes and the text is their UTF-8,
+so that is what is computed. Any other tokenizer is asked for the text of a short window of tokens
+with and without the new ones; the difference is what they add, spaces included.
+"""
+
+import codecs
+import copy
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import decoders
+
+from pagetier.handler.config import EngineConfig
+from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError
+from pagetier.handler.request import RequestOutput, SamplingParams, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+# Tokens of the prompt that a window decoder looks back on, to see the spaces between.
+_PROMPT_WINDOW = 5
+# A character has at most four bytes, so at most three tokens of a window can be half of one.
+_MAX_HELD_TOKENS = 3
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer, reduced to what serving needs.
+
+    Attributes:
+        eos_token_id: the tokenizer's own end of sequence, or None.
+        max_token_bytes: most bytes of text that one token stands for.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
+        """Wrap ``tokenizer``, a fast tokenizer of transformers.
+
+        Args:
+            tokenizer: the tokenizer; its own settings of truncation and padding are not used.
+            chat_template: a Jinja template to use instead of the tokenizer's own.
+
+        Raises:
+            ModelError: the tokenizer is not a fast one.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"The tokenizer {type(tokenizer).__name__} has no fast version, which serving "
+                "needs; add a tokenizer.json to the model."
+            )
+        self._hf = tokenizer
+        # A copy, because truncation and padding are state of the object that transformers sets.
+        self._backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._chat_template = chat_template
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self._special_ids = frozenset(
+            token_id
+            for token_id, token in self._backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+        self.max_token_bytes = max((len(t.encode()) for t in vocabulary), default=1)
+        self._token_bytes: list[bytes] | None = None
+        if isinstance(self._backend.decoder, decoders.ByteLevel):
+            self._token_bytes = _byte_level_table(vocabulary)
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> "Tokenizer":
+        """Read the tokenizer that ``config`` names, and its chat template.
+
+        Raises:
+            ConfigError: the chat template's file cannot be read.
+            ModelError: there is no tokenizer, or not a fast one.
+        """
+        from transformers import AutoTokenizer
+
+        name = config.tokenizer or config.model
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=config.trust_remote_code
+            )
+        except Exception as exc:
+            # transformers raises many kinds of exceptions here, most with pages of text.
+            logger.debug("AutoTokenizer.from_pretrained failed", exc_info=True)
+            reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+            raise ModelError(f"The tokenizer of {name!r} cannot be read: {reason}") from exc
+        template = None
+        if config.chat_template is not None:
+            try:
+                template = Path(config.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as exc:
+                raise ConfigError(
+                    f"The chat template {config.chat_template!r} cannot be read: {exc}.",
+                    param="chat_template",
+                ) from exc
+        return cls(tokenizer, chat_template=template)
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: put around it what the model expects, such as a first token.
+            max_tokens: a text that has surely more tokens than this is not encoded at all.
+
+        Raises:
+            InvalidRequest: the text holds half of a surrogate pair, so it is not Unicode text, or
+                has surely more than ``max_tokens`` tokens.
+        """
+        try:
+            num_bytes = len(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "The prompt is not valid Unicode text: it holds half of a surrogate pair.",
+                param="prompt",
+            ) from None
+        # Encoding a huge text takes seconds, in which nobody else would be served.
+        if max_tokens is not None and num_bytes > max_tokens * self.max_token_bytes:
+            raise InvalidRequest(
+                f"The prompt of {len(text)} characters has more than {max_tokens} tokens.",
+                param="prompt",
+            )
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The chat as one text that ends where the assistant's answer begins.
+
+        Raises:
+            InvalidRequest: there is no chat template, or it refuses these messages.
+        """
+        if self._chat_template is None and not self._hf.chat_template:
+            raise InvalidRequest(
+                "This model has no chat template; use v1/completions, or name a template with the "
+                "setting 'chat_template'.",
+                param="messages",
+            )
+        try:
+            text = self._hf.apply_chat_template(
+                [dict(m) for m in messages],
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as exc:
+            # A template is a program that may fail in any way, mostly for what it was given.
+            raise InvalidRequest(
+                f"The chat template refuses these messages: {exc}", param="messages"
+            ) from exc
+        return str(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``, as a whole."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text that one token stands for; special tokens as they are written."""
+        if self._token_bytes is not None:
+            in_table = 0 <= token_id < len(self._token_bytes)
+            return self._token_bytes[token_id] if in_table else b""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        # Sentencepiece writes a space as a low line of its own; a lone token loses its space when
+        # decoded, since it stands at the start of the text.
+        return str(token).replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    def decoder(self, prompt_token_ids: Sequence[int] = ()) -> "IncrementalDecoder":
+        """A decoder of one output, which follows ``prompt_token_ids``."""
+        if self._token_bytes is not None:
+            return _ByteLevelDecoder(self._token_bytes, self._special_ids)
+        return _WindowDecoder(self, prompt_token_ids)
+
+
+class IncrementalDecoder(Protocol):
+    """Turns tokens into text as they come; special tokens have none."""
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The text that ``token_ids`` add; half a character is held back."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back; nothing may be added afterwards."""
+        ...
+
+
+class _ByteLevelDecoder:
+    def __init__(self, table: list[bytes], special_ids: frozenset[int]) -> None:
+        self._table = table
+        self._special_ids = special_ids
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        table, special = self._table, self._special_ids
+        data = b"".join([table[t] for t in token_ids if t not in special and 0 <= t < len(table)])
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowDecoder:
+    """Shows what new tokens add to a window: ``ids[start:shown]`` is shown, the rest is not yet."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+        self._decode = tokenizer.decode
+        self._ids = list(prompt_token_ids[-_PROMPT_WINDOW:])
+        self._num_shown = len(self._ids)
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        return "".join([self._add_one(t) for t in token_ids])
+
+    def _add_one(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._new_text()
+        held = text.endswith(_REPLACEMENT) and len(self._ids) - self._num_shown <= _MAX_HELD_TOKENS
+        if held or not text:
+            # A token without text (special, say) stays in the window, but not forever.
+            if len(self._ids) > 4 * _PROMPT_WINDOW and not held:
+                self._slide()
+            return ""
+        self._slide()
+        return text
+
+    def _new_text(self) -> str:
+        shown = self._decode(self._ids[: self._num_shown])
+        return self._decode(self._ids)[len(shown) :]
+
+    def _slide(self) -> None:
+        del self._ids[: self._num_shown]
+        self._num_shown = len(self._ids)
+
+    def finish(self) -> str:
+        text = self._new_text() if len(self._ids) > self._num_shown else ""
+        self._slide()
+        return text
+
+
+def _byte_level_table(vocabulary: Mapping[str, int]) -> list[bytes]:
+    """Bytes of each token of a byte-level vocabulary, by token id.
+
+    Source: ``bytes_to_unicode`` of openai/gpt-2, ``src/encoder.py``: printable Latin-1 characters
+    stand for themselves, the other bytes for the characters from 256 up.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, token_id in vocabulary.items():
+        try:
+            table[token_id] = bytes([byte_of[char] for char in token])
+        except KeyError:  # an added token, written as it is
+            table[token_id] = token.encode()
+    return table
+
+
+# --- stop strings ----------------------------------------------------------------------------
+
+
+class _StopString:
+    """One stop string, matched character by character (Knuth, Morris and Pratt)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.num_matched = 0
+        # borders[i]: length of the longest proper prefix of text[:i] that also ends it.
+        self._borders = [0, 0]
+        length = 0
+        for char in text[1:]:
+            while length and char != text[length]:
+                length = self._borders[length]
+            length += char == text[length]
+            self._borders.append(length)
+
+    def add(self, char: str) -> bool:
+        """Take the next character; whether it completes the stop string."""
+        length = self.num_matched
+        while length and char != self.text[length]:
+            length = self._borders[length]
+        length += char == self.text[length]
+        self.num_matched = length
+        return length == len(self.text)
+
+
+class StopChecker:
+    """Holds text back while it may become a stop string, and finds the first that ends.
+
+    Which stop string is found does not depend on how the text is divided into pieces: it is the
+    one that is complete first, and of several complete at once the longest.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        """Look for the non-empty texts ``stop``."""
+        self._stops = [_StopString(s) for s in stop]
+        self._held = ""
+        self.found: str | None = None
+
+    def add(self, text: str) -> str:
+        """The text that can be shown now; none after ``found`` is set, and no stop string ever."""
+        buffer = self._held + text
+        for position, char in enumerate(text, start=len(self._held) + 1):
+            complete = [stop.text for stop in self._stops if stop.add(char)]
+            if complete:
+                self.found = max(complete, key=len)
+                self._held = ""
+                return buffer[: position - len(self.found)]
+        num_held = max((stop.num_matched for stop in self._stops), default=0)
+        self._held = buffer[len(buffer) - num_held :]
+        return buffer[: len(buffer) - num_held]
+
+    def finish(self) -> str:
+        """What was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+# --- one request's output --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class OutputDelta:
+    """What a request gained: text safe to show, and the tokens behind it.
+
+    ``finish_reason`` is None while the request goes on; ``stop_reason`` is then the stop string or
+    stop token id that ended it, or None. ``abort``: the engine does not know that the request has
+    ended and must be told.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    abort: bool = False
+
+
+class OutputAssembler:
+    """Makes text of what the engine reports of one request, and sees where it ends.
+
+    Attributes:
+        num_prompt_tokens, num_output_tokens: tokens counted so far; tokens that the engine made
+            after a stop string was complete are not.
+        num_cached_tokens, num_preemptions: as the engine last reported them.
+        finish_reason: None while the request goes on.
+    """
+
+    __slots__ = (
+        "_decoder",
+        "_stops",
+        "finish_reason",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+    )
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._decoder = tokenizer.decoder(prompt_token_ids)
+        self._stops = StopChecker(params.stop) if params.stop else None
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.finish_reason: str | None = None
+
+    def add(self, output: RequestOutput) -> OutputDelta:
+        """Take a report of the engine; a report after the end changes nothing."""
+        if self.finish_reason is not None:
+            return OutputDelta("", [], None, self.finish_reason)
+        self.num_cached_tokens = output.num_cached_tokens
+        self.num_preemptions = output.num_preemptions
+        token_ids, logprobs = output.new_token_ids, output.logprobs
+        # The token that ended the output is counted, but is no part of its text.
+        with_text = token_ids[:-1] if output.finish_reason == "stop" else token_ids
+        if self._stops is None:
+            text = self._decoder.add(with_text)
+        else:
+            text = ""
+            for position, token_id in enumerate(with_text, start=1):
+                text += self._stops.add(self._decoder.add((token_id,)))
+                if self._stops.found is not None:
+                    self.finish_reason = "stop"
+                    self.num_output_tokens += position
+                    return OutputDelta(
+                        text,
+                        token_ids[:position],
+                        logprobs and logprobs[:position],
+                        finish_reason="stop",
+                        stop_reason=self._stops.found,
+                        abort=output.finish_reason is None,
+                    )
+        self.num_output_tokens += len(token_ids)
+        self.finish_reason = output.finish_reason
+        if output.finish_reason is None:
+            return OutputDelta(text, token_ids, logprobs)
+        tail = self._decoder.finish()
+        text += tail if self._stops is None else self._stops.add(tail) + self._stops.finish()
+        return OutputDelta(text, token_ids, logprobs, output.finish_reason, output.stop_reason)
