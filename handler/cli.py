@@ -18,6 +18,8 @@ import yaml
 from pagetier import __version__
 from pagetier.handler.errors import ConfigError, EngineError, LaunchError
 
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (without the program's name) and return its exit code."""
@@ -134,14 +136,15 @@ def _archive(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     from pagetier.handler.torchserve import TorchServe
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     server = TorchServe(
         arguments.archives,
         ts_config=arguments.ts_config,
         port=arguments.port,
         log_dir=arguments.log_dir,
     )
+    for number in _ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     start = time.monotonic()
     _say("Starting TorchServe ...")
     try:
@@ -165,7 +168,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise LaunchError(f"TorchServe ended by itself; see '{server.log_path}'.")
     finally:
         # Being asked twice must not leave half of it running.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         server.stop()
 

@@ -302,9 +302,13 @@ def _print_figures(
     console.print(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.0f} tokens/s")
     console.print(f"GPU tier, most in use: {100 * peaks.gpu:.0f} %")
     console.print(f"CPU tier, most in use: {100 * peaks.cpu:.0f} %")
-    for key, label in (
-        ("num_preemptions", "Preempted"),
-        ("num_swaps", "  of these swapped to the CPU tier"),
-        ("num_recomputations", "  of these recomputed"),
-    ):
-        console.print(f"{label}: {peaks.stats.get(key, 0)} times")
+    stats = peaks.stats
+    console.print(
+        f"Preemptions: {stats['num_preemptions']}, of which {stats['num_preemptions_swap']} "
+        f"swapped to the CPU tier and {stats['num_preemptions_recompute']} left to recomputation"
+    )
+    console.print(
+        f"Copied out {stats['kv_offload_store_bytes'] / 2**20:.1f} MiB and in "
+        f"{stats['kv_offload_load_bytes'] / 2**20:.1f} MiB; recomputed "
+        f"{stats['num_recomputed_tokens']} tokens"
+    )

@@ -126,12 +126,10 @@ class TorchServe:
         port: int | None = None,
         log_dir: Path | None = None,
     ) -> None:
-        self.archives = [Path(archive).absolute() for archive in archives]
-        if not self.archives:
+        if not archives:
             raise LaunchError("No archive was named: name at least one .mar file.")
-        self.model_settings = {
-            archive.stem: _readable_settings(archive) for archive in self.archives
-        }
+        self.model_settings = {archive.stem: _readable_settings(archive) for archive in archives}
+        self.archives = [archive.absolute() for archive in archives]
         if len(self.model_settings) < len(self.archives):
             raise LaunchError("Two archives have the same file name, which is the model's name.")
         self._properties = read_properties(ts_config or DEFAULT_CONFIG)
