@@ -26,7 +26,9 @@ from pagetier.handler.block_pool import BlockPool
 from pagetier.handler.request import Sequence
 
 _NOT_ON_GPU = -1
-_MAX_DEMOTED_BLOCKS = 16
+# How far ahead of eviction cached blocks are copied out: at least a large admission's worth.
+_MIN_DEMOTION_WINDOW = 16
+_MAX_DEMOTION_WINDOW = 256
 
 
 class Direction(enum.Enum):
@@ -104,6 +106,9 @@ class KVCacheManager:
         self._pending_loads: dict[str, set[int]] = {}  # request id -> GPU blocks not yet arrived
         self._failed_loads: set[str] = set()
         self._block_copies: list[tuple[int, int]] = []
+        # What each GPU block held when it was last demoted: copied out once, even if the CPU tier
+        # is too small to keep it.
+        self._demoted: dict[int, bytes] = {}
         self._retired: list[int] = []  # sources of this step's block copies
 
     # --- questions: these change nothing of what blocks hold ---
@@ -342,23 +347,27 @@ class KVCacheManager:
     def plan_demotion(self) -> None:
         """Copy out cached blocks that are about to be evicted, so that the CPU tier keeps them.
 
-        Looks at the head of the eviction order only: while free blocks are plenty, nothing moves.
+        Looks at the head of the eviction order only: while blocks without content are plenty,
+        nothing moves.
         """
         if not self.enable_prefix_caching or not self.cpu.num_blocks:
             return
         if any(t.is_demotion for t in self._in_flight.values()):
             return  # one at a time
+        window = self.gpu.num_blocks // 4
+        window = min(max(window, _MIN_DEMOTION_WINDOW), _MAX_DEMOTION_WINDOW)
         candidates: list[tuple[int, bytes]] = []
-        for block_id in itertools.islice(self.gpu.eviction_order(), _MAX_DEMOTED_BLOCKS):
+        for block_id in itertools.islice(self.gpu.eviction_order(), window):
             block_hash = self.gpu.hash_of(block_id)
-            if block_hash is None:
-                return  # free blocks go first: no eviction is near
+            if block_hash is None or self._demoted.get(block_id) == block_hash:
+                continue
             if self._find_cpu(block_hash) is None:
                 candidates.append((block_id, block_hash))
         destinations = self.cpu.allocate(min(len(candidates), self.cpu.num_free))
         if not destinations:
             return
         candidates = candidates[: len(destinations)]
+        self._demoted.update(candidates)
         pairs = [(b, d) for (b, _), d in zip(candidates, destinations, strict=True)]
         self._plan(Direction.OUT, pairs, [h for _, h in candidates], is_demotion=True)
         self.cpu.release(destinations)  # nobody waits for them: cached once they have arrived

@@ -1,0 +1,402 @@
+"""The whole engine on a fake device: what comes out must not depend on what happened inside."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.fake_engine import FakeEngine, expected_tokens
+
+from pagetier.handler.errors import InvalidRequest, PromptTooLong, QueueFull
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, 40) for _ in range(length)]
+
+
+def test_one_request_gives_the_expected_tokens():
+    engine = FakeEngine(num_gpu_blocks=8)
+    engine.add("a", prompt_of(5), max_tokens=10)
+    engine.run()
+    assert engine.tokens["a"] == expected_tokens(prompt_of(5), 10, ignore_eos=True)
+    assert engine.finished["a"].finish_reason == "length"
+
+
+def test_next_step_is_launched_before_the_last_is_collected():
+    engine = FakeEngine(num_gpu_blocks=8)
+    engine.add("a", prompt_of(3), max_tokens=5)
+    assert engine.step() == []  # launched, nothing to collect yet
+    assert engine.runner.num_launched == 1
+    (output,) = engine.step()
+    assert engine.runner.num_launched == 2
+    assert output.new_token_ids == expected_tokens(prompt_of(3), 1, ignore_eos=True)
+
+
+def test_stop_found_late_discards_the_extra_token():
+    for seed in range(50):
+        prompt = prompt_of(6, seed)
+        expected = expected_tokens(prompt, 30, ignore_eos=False)
+        if 1 < len(expected) < 30:
+            break
+    else:
+        raise AssertionError("no prompt ends early")
+    engine = FakeEngine(num_gpu_blocks=12)
+    engine.add("a", prompt, max_tokens=30, ignore_eos=False)
+    engine.run()
+    assert engine.tokens["a"] == expected
+    assert engine.finished["a"].finish_reason == "stop"
+    # One step was launched with the token that came after the end.
+    assert engine.runner.num_launched == len(expected) + 1
+
+
+def test_length_stop_is_foreseen_and_launches_nothing_extra():
+    engine = FakeEngine(num_gpu_blocks=8)
+    engine.add("a", prompt_of(5), max_tokens=7)
+    engine.run()
+    assert engine.runner.num_launched == 7
+
+
+def test_long_prompt_goes_in_chunks_beside_decodes():
+    engine = FakeEngine(
+        num_gpu_blocks=40, max_num_seqs=2, max_num_batched_tokens=8, decision_trace=True
+    )
+    engine.add("short", prompt_of(4), max_tokens=20)
+    engine.step()
+    engine.add("long", prompt_of(60, 1), max_tokens=2)
+    engine.run()
+    for name, prompt, n in (("short", prompt_of(4), 20), ("long", prompt_of(60, 1), 2)):
+        assert engine.tokens[name] == expected_tokens(prompt, n, ignore_eos=True)
+    steps = [{r: n for r, _, n in s["scheduled"]} for s in engine.core.trace()]
+    mixed = [s for s in steps if s.get("long", 0) > 1]
+    assert len(mixed) >= 8
+    # While the long prompt is read, the other stream gets a token in every step.
+    assert all(s["short"] == 1 for s in mixed[:8])
+    assert all(sum(s.values()) <= 8 for s in steps)
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+def test_pressure_preempts_and_changes_no_token(mode):
+    engine = FakeEngine(num_gpu_blocks=10, num_cpu_blocks=40, preemption_mode=mode)
+    for i in range(6):
+        engine.add(f"r{i}", prompt_of(6, i), max_tokens=20)
+    engine.run()
+    for i in range(6):
+        assert engine.tokens[f"r{i}"] == expected_tokens(prompt_of(6, i), 20, ignore_eos=True)
+    totals = engine.scheduler.totals
+    assert totals.num_preemptions > 0
+    if mode == "recompute":
+        assert totals.num_preemptions_swap == 0
+    else:
+        assert totals.num_preemptions_swap > 0
+        assert totals.num_resumes_loaded > 0
+
+
+def test_auto_recomputes_where_the_link_is_slow():
+    engine = FakeEngine(
+        num_gpu_blocks=10, num_cpu_blocks=40, preemption_mode="auto", swap_is_cheaper=False
+    )
+    for i in range(6):
+        engine.add(f"r{i}", prompt_of(6, i), max_tokens=20)
+    engine.run()
+    assert engine.scheduler.totals.num_preemptions_recompute > 0
+    assert engine.scheduler.totals.num_preemptions_swap == 0
+
+
+def test_full_cpu_tier_falls_back_to_recomputing():
+    engine = FakeEngine(num_gpu_blocks=10, num_cpu_blocks=2, preemption_mode="swap")
+    for i in range(6):
+        engine.add(f"r{i}", prompt_of(6, i), max_tokens=20)
+    engine.run()
+    assert engine.scheduler.totals.num_preemptions_recompute > 0
+    for i in range(6):
+        assert engine.tokens[f"r{i}"] == expected_tokens(prompt_of(6, i), 20, ignore_eos=True)
+
+
+def test_oldest_request_is_never_preempted():
+    engine = FakeEngine(num_gpu_blocks=10, num_cpu_blocks=10)
+    for i in range(8):
+        engine.add(f"r{i}", prompt_of(7, i), max_tokens=25)
+    engine.run()
+    assert engine.finished["r0"].num_preemptions == 0
+    assert sum(o.num_preemptions for o in engine.finished.values()) > 0
+
+
+def test_request_that_fills_the_whole_tier_finishes():
+    engine = FakeEngine(num_gpu_blocks=4)
+    engine.add("a", prompt_of(8), max_tokens=8)
+    engine.run()
+    assert engine.tokens["a"] == expected_tokens(prompt_of(8), 8, ignore_eos=True)
+
+
+def test_priority_runs_first_and_preempts_lower_ones():
+    engine = FakeEngine(
+        num_gpu_blocks=8,
+        num_cpu_blocks=20,
+        scheduling_policy="priority",
+        preemption_mode="swap",
+    )
+    for i in range(3):
+        engine.add(f"batch{i}", prompt_of(8, i), max_tokens=16, priority=5)
+    for _ in range(4):
+        engine.step()
+    engine.add("urgent", prompt_of(20, 9), max_tokens=4, priority=0)
+    engine.run()
+    order = list(engine.finished)
+    assert order[0] == "urgent"
+    assert engine.finished["urgent"].num_preemptions == 0
+    for i in range(3):
+        assert engine.tokens[f"batch{i}"] == expected_tokens(prompt_of(8, i), 16, ignore_eos=True)
+
+
+def test_large_request_is_overtaken_a_bounded_number_of_times():
+    engine = FakeEngine(num_gpu_blocks=10, max_overtaken=3, preemption_mode="recompute")
+    engine.add("first", prompt_of(8), max_tokens=20)
+    engine.step()
+    engine.add("large", prompt_of(36, 1), max_tokens=2)
+    for i in range(12):
+        engine.add(f"small{i}", prompt_of(3, 2 + i), max_tokens=2)
+    engine.run()
+    order = list(engine.finished)
+    assert order.index("large") - order.index("first") <= 4
+    smalls_before = [r for r in order[: order.index("large")] if r.startswith("small")]
+    assert len(smalls_before) == 3
+
+
+def test_equal_prefix_is_computed_once():
+    engine = FakeEngine(num_gpu_blocks=20)
+    shared = prompt_of(16)
+    engine.add("a", [*shared, 1, 2], max_tokens=3)
+    engine.run()
+    engine.add("b", [*shared, 3], max_tokens=3)
+    engine.run()
+    assert engine.finished["a"].num_cached_tokens == 0
+    assert engine.finished["b"].num_cached_tokens == 16
+    assert engine.tokens["b"] == expected_tokens([*shared, 3], 3, ignore_eos=True)
+
+
+def test_wholly_cached_prompt_computes_one_token_in_a_copied_block():
+    engine = FakeEngine(num_gpu_blocks=20)
+    prompt = prompt_of(16)
+    engine.add("a", prompt, max_tokens=8)
+    engine.step()
+    engine.step()
+    engine.add("b", prompt, max_tokens=8)  # while a still holds the blocks
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 15
+    assert engine.tokens["a"] == engine.tokens["b"] == expected_tokens(prompt, 8, ignore_eos=True)
+
+
+def test_salted_requests_share_nothing():
+    engine = FakeEngine(num_gpu_blocks=30)
+    prompt = prompt_of(16)
+    engine.add("a", prompt, cache_salt="x")
+    engine.run()
+    engine.add("b", prompt, cache_salt="y")
+    engine.run()
+    engine.add("c", prompt, cache_salt="x")
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 0
+    assert engine.finished["c"].num_cached_tokens == 15
+
+
+def test_prefix_caching_off_shares_nothing():
+    engine = FakeEngine(num_gpu_blocks=30, enable_prefix_caching=False)
+    for name in "ab":
+        engine.add(name, prompt_of(16))
+        engine.run()
+    assert engine.finished["b"].num_cached_tokens == 0
+    assert engine.manager.gpu.num_cached == 0
+
+
+def test_evicted_prefix_comes_back_from_the_cpu_tier():
+    engine = FakeEngine(num_gpu_blocks=12, num_cpu_blocks=60, preemption_mode="swap")
+    first = prompt_of(20)
+    engine.add("a", first, max_tokens=2)
+    engine.run()
+    for i in range(8):  # enough other work to evict it from the GPU tier
+        engine.add(f"x{i}", prompt_of(20, 1 + i), max_tokens=2)
+        engine.run()
+    engine.add("b", [*first, 5], max_tokens=2)
+    engine.run()
+    assert engine.finished["b"].num_cached_tokens == 20
+    assert engine.scheduler.totals.kv_offload_load_bytes > 0
+    assert engine.tokens["b"] == expected_tokens([*first, 5], 2, ignore_eos=True)
+
+
+def test_two_loads_of_one_content_are_one():
+    engine = FakeEngine(num_gpu_blocks=14, num_cpu_blocks=60, preemption_mode="swap", max_delay=0)
+    first = prompt_of(20)
+    engine.add("a", first, max_tokens=2)
+    engine.run()
+    for i in range(8):
+        engine.add(f"x{i}", prompt_of(24, 1 + i), max_tokens=2)
+        engine.run()
+    engine.link.max_delay = 5
+    loaded_before = engine.scheduler.totals.kv_offload_load_bytes
+    engine.add("b", [*first, 5], max_tokens=2)
+    engine.add("c", [*first, 6], max_tokens=2)
+    engine.run()
+    loaded = engine.scheduler.totals.kv_offload_load_bytes - loaded_before
+    assert loaded == 20  # five blocks of four one-byte tokens, once
+    for name, last in (("b", 5), ("c", 6)):
+        assert engine.finished[name].num_cached_tokens == 20
+        assert engine.tokens[name] == expected_tokens([*first, last], 2, ignore_eos=True)
+
+
+def test_failing_link_only_costs_recomputation():
+    engine = FakeEngine(num_gpu_blocks=10, num_cpu_blocks=40, preemption_mode="swap", failure=1.0)
+    for i in range(6):
+        engine.add(f"r{i}", prompt_of(6, i), max_tokens=20)
+    engine.run()
+    totals = engine.scheduler.totals
+    assert totals.num_failed_transfers > 0
+    assert totals.num_recomputed_tokens > 0
+    for i in range(6):
+        assert engine.tokens[f"r{i}"] == expected_tokens(prompt_of(6, i), 20, ignore_eos=True)
+
+
+def test_swapped_bytes_come_back_equal_tail_included():
+    engine = FakeEngine(num_gpu_blocks=7, num_cpu_blocks=20, preemption_mode="swap")
+    engine.add("a", prompt_of(6), max_tokens=14)
+    engine.add("b", prompt_of(7, 1), max_tokens=14)
+    while engine.scheduler.totals.num_preemptions == 0:
+        engine.step()
+    (victim,) = engine.scheduler.waiting
+    num_swapped = victim.num_swapped_tokens
+    while not engine.manager.is_swap_settled(victim):
+        engine.step()
+    copies = [engine.cpu[b] for b in victim.swapped_blocks[0]]
+    slots = [slot for block in copies for slot in block][:num_swapped]
+    assert slots == [(t, p) for p, t in enumerate(victim.token_ids[:num_swapped])]
+    assert num_swapped % 4 != 0, "the tail was part of it"
+    engine.run()
+    # Nothing was computed twice: all of it came back.
+    assert engine.scheduler.totals.num_recomputed_tokens == 0
+
+
+def test_trace_names_mode_and_both_costs_of_a_preemption():
+    engine = FakeEngine(num_gpu_blocks=10, num_cpu_blocks=40, decision_trace=True)
+    for i in range(6):
+        engine.add(f"r{i}", prompt_of(6, i), max_tokens=20)
+    engine.run()
+    preemptions = [
+        d for s in engine.core.trace() for d in s["decisions"] if d["action"] == "preempt"
+    ]
+    assert len(preemptions) == engine.scheduler.totals.num_preemptions
+    for decision in preemptions:
+        assert decision["mode"] == "swap"
+        assert 0 < decision["swap_seconds"] < decision["recompute_seconds"]
+        assert "needs" in decision["reason"]
+
+
+def test_abort_returns_every_block():
+    engine = FakeEngine(num_gpu_blocks=10, num_cpu_blocks=20, preemption_mode="swap")
+    for i in range(6):
+        engine.add(f"r{i}", prompt_of(6, i), max_tokens=20)
+    for _ in range(12):
+        engine.step()
+    engine.core.abort([f"r{i}" for i in range(6)] + ["unknown"])
+    engine.run()
+    assert engine.manager.gpu.num_free == 10
+    assert engine.manager.cpu.num_free == 20
+
+
+def test_impossible_requests_are_refused():
+    engine = FakeEngine(num_gpu_blocks=4, max_num_queued_reqs=1)
+    with pytest.raises(PromptTooLong, match=r"16 tokens.* 16 "):
+        engine.add("a", prompt_of(16))
+    with pytest.raises(InvalidRequest, match="empty"):
+        engine.add("a", [])
+    with pytest.raises(InvalidRequest, match="token id 99"):
+        engine.add("a", [1, 99])
+    with pytest.raises(InvalidRequest, match="token id -3"):
+        engine.add("a", [1, -3])
+    engine.add("a", [1])
+    with pytest.raises(QueueFull, match="1 requests are waiting"):
+        engine.add("b", [1])
+    engine.run()
+    assert list(engine.finished) == ["a"]
+
+
+def test_kv_waste_stays_under_four_percent_at_block_size_16():
+    rng = random.Random(0)
+    engine = FakeEngine(
+        num_gpu_blocks=800,
+        block_size=16,
+        max_num_seqs=32,
+        max_num_batched_tokens=2048,
+        max_delay=0,
+    )
+    engine.check = lambda: None  # thousands of steps: the books are checked in other tests
+    for i in range(40):
+        length, new = rng.randint(100, 1024), rng.randint(100, 200)
+        engine.add(f"r{i}", prompt_of(length, i), max_tokens=new)
+    engine.run()
+    stats = engine.core.stats()
+    assert 0.0 < stats["kv_waste_perc"] < 0.04
+    assert stats["kv_waste_preallocated_perc"] > 0.6
+
+
+@st.composite
+def histories(draw):
+    block_size = draw(st.sampled_from([1, 2, 3, 4]))
+    return {
+        "block_size": block_size,
+        "num_gpu_blocks": draw(st.integers(24 // block_size, 60 // block_size)),
+        "num_cpu_blocks": draw(st.sampled_from([0, 1, 5, 20, 60])),
+        "preemption_mode": draw(st.sampled_from(["swap", "recompute", "auto"])),
+        "swap_is_cheaper": draw(st.booleans()),
+        "enable_prefix_caching": draw(st.booleans()),
+        "scheduling_policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "max_num_seqs": draw(st.integers(1, 6)),
+        "max_num_batched_tokens": draw(st.integers(6, 24)),
+        "max_delay": draw(st.integers(0, 5)),
+        "failure": draw(st.sampled_from([0.0, 0.3])),
+        "max_overtaken": draw(st.integers(0, 4)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    history=histories(),
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, 12),  # steps before it arrives
+            st.integers(0, 2),  # family of prompts with a common prefix
+            st.integers(1, 14),  # prompt length
+            st.integers(1, 9),  # max_tokens
+            st.integers(0, 2),  # priority
+            st.booleans(),  # ignore_eos
+            st.one_of(st.none(), st.none(), st.integers(0, 30)),  # aborted so much later
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+)
+def test_any_history_keeps_the_invariants_and_the_tokens(history, requests):
+    engine = FakeEngine(**history)
+    arrivals: dict[int, list] = {}
+    aborts: dict[int, list[str]] = {}
+    expected = {}
+    clock = 0
+    for i, (wait, family, length, max_tokens, priority, ignore_eos, abort) in enumerate(requests):
+        clock += wait
+        prompt = [*prompt_of(length - 1, family), 1 + i % 3]
+        arrivals.setdefault(clock, []).append((f"r{i}", prompt, max_tokens, priority, ignore_eos))
+        if abort is None:
+            expected[f"r{i}"] = expected_tokens(prompt, max_tokens, ignore_eos=ignore_eos)
+        else:
+            aborts.setdefault(clock + abort, []).append(f"r{i}")
+    last = max([*arrivals, *aborts])
+    for step in range(last + 1):
+        for name, prompt, max_tokens, priority, ignore_eos in arrivals.get(step, []):
+            engine.add(name, prompt, max_tokens, priority=priority, ignore_eos=ignore_eos)
+        engine.core.abort(aborts.get(step, []))
+        engine.step()
+    engine.run()
+    for name, tokens in expected.items():
+        assert engine.tokens[name] == tokens, name
+    assert engine.manager.gpu.num_free == engine.manager.gpu.num_blocks
+    assert engine.manager.cpu.num_free == engine.manager.cpu.num_blocks
