@@ -68,8 +68,8 @@ class Peaks:
 
     def add(self, stats: dict[str, Any]) -> None:
         """Take one answer of the statistics route into account."""
-        self.gpu = max(self.gpu, stats.get("kv_cache_usage_perc", 0.0))
-        self.cpu = max(self.cpu, stats.get("cpu_cache_usage_perc", 0.0))
+        self.gpu = max(self.gpu, stats["kv_cache_usage_perc"])
+        self.cpu = max(self.cpu, stats["cpu_cache_usage_perc"])
         self.stats = stats
 
 
@@ -300,9 +300,11 @@ def _print_figures(
     num_tokens = sum(stream.num_tokens for stream in streams)
     console.print()
     console.print(f"{num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.0f} tokens/s")
-    console.print(f"GPU tier, most in use: {100 * peaks.gpu:.0f} %")
-    console.print(f"CPU tier, most in use: {100 * peaks.cpu:.0f} %")
     stats = peaks.stats
+    console.print(
+        f"KV blocks most in use: GPU tier {100 * peaks.gpu:.0f} % of {stats['num_gpu_blocks']}, "
+        f"CPU tier {100 * peaks.cpu:.0f} % of {stats['num_cpu_blocks']}"
+    )
     console.print(
         f"Preemptions: {stats['num_preemptions']}, of which {stats['num_preemptions_swap']} "
         f"swapped to the CPU tier and {stats['num_preemptions_recompute']} left to recomputation"
