@@ -67,9 +67,7 @@ def test_prompt_too_long_names_both_lengths(bystander):
     max_model_len = bystander.stats()["max_model_len"]
     assert error["code"] == "context_length_exceeded"
     assert str(max_model_len) in error["message"]
-    numbers = [
-        int(word.strip(".,")) for word in error["message"].split() if word.strip(".,").isdigit()
-    ]
+    numbers = [int(number) for number in re.findall(r"\d+", error["message"])]
     assert max(numbers) >= 5000, "the prompt's own length is missing"
 
 
