@@ -37,6 +37,7 @@ def _family(pid):
 
 
 @pytest.mark.live
+@pytest.mark.xdist_group("live")
 def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive):
     progress = []
     with TorchServe([echo_archive], port=free_ports()) as server:
@@ -63,6 +64,7 @@ def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive
 
 
 @pytest.mark.live
+@pytest.mark.xdist_group("live")
 def test_failed_worker_is_told_in_its_own_sentence(tmp_path):
     archive = write_fake_archive(tmp_path / "broken.mar", UNREADABLE_MODEL)
     with TorchServe([archive], port=free_ports()) as server:
@@ -74,6 +76,7 @@ def test_failed_worker_is_told_in_its_own_sentence(tmp_path):
 
 
 @pytest.mark.live
+@pytest.mark.xdist_group("live")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_serve_command_leaves_no_process_when_it_is_ended(echo_archive, tmp_path, number):
     port = free_ports()
