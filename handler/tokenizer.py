@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from tokenizers import decoders
 
 from pagetier.handler.config import EngineConfig
-from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError
+from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError, PromptTooLong
 from pagetier.handler.request import RequestOutput, SamplingParams, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class Tokenizer:
             max_tokens: a text that has surely more tokens than this is not encoded at all.
 
         Raises:
-            InvalidRequest: the text holds half of a surrogate pair, so it is not Unicode text, or
-                has surely more than ``max_tokens`` tokens.
+            InvalidRequest: the text holds half of a surrogate pair, so it is not Unicode text.
+            PromptTooLong: it has surely more than ``max_tokens`` tokens.
         """
         try:
             num_bytes = len(text.encode())
@@ -128,8 +128,10 @@ class Tokenizer:
             ) from None
         # Encoding a huge text takes seconds, in which nobody else would be served.
         if max_tokens is not None and num_bytes > max_tokens * self.max_token_bytes:
-            raise InvalidRequest(
-                f"The prompt of {len(text)} characters has more than {max_tokens} tokens.",
+            num_least = -(-num_bytes // self.max_token_bytes)
+            raise PromptTooLong(
+                f"The prompt has {num_least} tokens or more, but at most {max_tokens} fit; "
+                "shorten it.",
                 param="prompt",
             )
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -1,0 +1,200 @@
+"""The TorchServe handler: carries the frontend's calls to the pump and its replies back.
+
+Owns the worker process's life: it starts the engine, watches frontend and engine, and ends when
+either of them does. The only module that knows how ``ts`` calls a handler; the books of requests
+are kept by ``pump``, the shapes of bodies by ``openai_api``.
+"""
+
+import logging
+import os
+import select
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from pagetier.handler.config import EngineConfig
+from pagetier.handler.engine_client import EngineClient
+from pagetier.handler.engine_process import DEFAULT_BUILDER
+from pagetier.handler.errors import ConfigError, EngineError
+from pagetier.handler.openai_api import OpenAIApi
+from pagetier.handler.pump import Inbox, Incoming, Pump, Reply
+from pagetier.handler.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# After the engine's death: how long open requests have to be told of it, and how long the last
+# replies take to leave.
+_TELL_SECONDS = 0.8
+_FLUSH_SECONDS = 0.1
+_WATCH_SECONDS = 0.1
+
+
+class PagetierHandler:
+    """What TorchServe loads and calls; ``handle`` is one exchange of the pump."""
+
+    # ``module:function`` that builds the engine; tests have others.
+    engine_builder = DEFAULT_BUILDER
+
+    def __init__(self) -> None:
+        """Do nothing: TorchServe calls ``initialize`` next."""
+        self._pump: Pump | None = None
+        self._engine: EngineClient | None = None
+        self._inbox = Inbox()
+
+    def initialize(self, context: Any) -> None:
+        """Start the engine, as the ``handler:`` section of the archive's configuration says.
+
+        If it cannot start, the reason is logged in one line and the worker ends.
+        """
+        # At its own level TorchServe writes several lines for each call of ``handle``.
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("pagetier").setLevel(logging.INFO)
+        _watch_parent(self.close)
+        try:
+            self._start(context)
+        except EngineError as exc:
+            logger.error("pagetier cannot start: %s", exc.message)
+            # TorchServe would log any other exception with a stack of its own frames.
+            sys.exit(1)
+
+    def _start(self, context: Any) -> None:
+        model_dir = context.system_properties["model_dir"]
+        config = read_config(context.model_yaml_config, model_dir)
+        tokenizer = Tokenizer.load(config)
+        self._engine = EngineClient(
+            config,
+            on_outputs=self._inbox.put,
+            on_stats=self._inbox.put,
+            on_death=self._inbox.put_death,
+            builder=self.engine_builder,
+        )
+        ready = self._engine.ready
+        api = OpenAIApi(
+            tokenizer,
+            model_name=config.served_model_name or context.model_name,
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            eos_token_ids=ready.eos_token_ids,
+        )
+        self._pump = Pump(
+            self._engine, api, self._inbox, max_num_queued_reqs=config.max_num_queued_reqs
+        )
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        logger.info("pagetier serves %s: %s", api.model_name, ready.info)
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer one call of the frontend; never raises.
+
+        ``data`` and the context's lists are cut down to the requests that are answered: the
+        others stay open.
+        """
+        assert self._pump is not None, "handle is called after initialize"
+        processors = context.request_processor
+        if len(data) == 1 and processors[0].get_request_property("describe") == "True":
+            context.stopping_criteria = None
+            return [self._pump.describe()]
+        ids = [context.request_ids[index] for index in range(len(data))]
+
+        def fetch(index: int) -> Incoming:
+            return _incoming(data[index], processors[index])
+
+        try:
+            replies = self._pump.exchange(ids, fetch)
+        except Exception:
+            # Raised from here, it would fail every request in flight.
+            logger.exception("an exchange broke")
+            replies = []
+        _apply(replies, ids, data, context)
+        return [reply.body for reply in replies]
+
+    def close(self) -> None:
+        """End the engine process."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _watch(self) -> None:
+        """Notice clients that left together, and the engine's death."""
+        assert self._pump is not None
+        pump, never = self._pump, threading.Event()
+        while self._inbox.death is None:
+            never.wait(_WATCH_SECONDS)
+            pump.abort_if_silent()
+        for _ in range(int(_TELL_SECONDS / _WATCH_SECONDS)):
+            if pump.num_open == 0:
+                break
+            never.wait(_WATCH_SECONDS)
+        never.wait(_FLUSH_SECONDS)
+        logger.error("the worker ends, since its engine is dead; TorchServe starts another")
+        os._exit(1)
+
+
+def read_config(model_yaml_config: Mapping[str, Any], model_dir: str) -> EngineConfig:
+    """The settings of the ``handler:`` section; relative paths start at the archive's folder.
+
+    Raises:
+        ConfigError: a setting is wrong, or there is no such section.
+    """
+    section = (model_yaml_config or {}).get("handler")
+    if not isinstance(section, dict):
+        raise ConfigError(
+            "model-config.yaml has no 'handler:' section with the settings of the engine; make "
+            "the archive with 'pagetier archive'.",
+            param="handler",
+        )
+    settings = dict(section)
+    for key in ("model", "tokenizer", "chat_template"):
+        value = settings.get(key)
+        # A hub id looks like a relative path, too, but is no file of the archive.
+        if isinstance(value, str) and value and (bundled := Path(model_dir, value)).exists():
+            settings[key] = str(bundled)
+    return EngineConfig.create(settings)
+
+
+def _incoming(fields: Mapping[str, Any], processor: Any) -> Incoming:
+    """A new request, from what TorchServe made of it."""
+    name = "body" if "body" in fields else "data"
+    part = processor.get_request_property(name)
+    content_type = part.get("content-type") if isinstance(part, dict) else None
+    return Incoming(
+        route=processor.get_request_property("url_path") or "",
+        body=fields.get(name),
+        content_type=content_type or "",
+    )
+
+
+def _apply(replies: list[Reply], ids: list[str], data: list[dict[str, Any]], context: Any) -> None:
+    """Tell ``ts`` which requests are answered, and how.
+
+    ``ts`` keeps its own references to ``data`` and ``request_ids``, hence "in place".
+    """
+    processors = context.request_processor
+    data[:] = [data[reply.index] for reply in replies]
+    context.request_processor = [processors[reply.index] for reply in replies]
+    context.request_ids.clear()
+    context.request_ids.update(
+        {position: ids[reply.index] for position, reply in enumerate(replies)}
+    )
+    # The context lives on between calls, so this is set in each of them.
+    context.stopping_criteria = [lambda _, last=reply.last: last for reply in replies]
+    for position, reply in enumerate(replies):
+        if reply.content_type is None:
+            continue  # not the first reply to this request: its head has gone out
+        context.set_response_status(reply.status, HTTPStatus(reply.status).phrase, position)
+        context.set_response_content_type(position, reply.content_type)
+        for name, value in reply.headers.items():
+            context.set_response_header(position, name, value)
+
+
+def _watch_parent(close: Callable[[], None]) -> None:
+    """End this process as soon as its parent, the frontend, has ended."""
+    parent = os.pidfd_open(os.getppid())
+
+    def watch() -> None:
+        select.select([parent], [], [])
+        close()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
