@@ -138,14 +138,15 @@ class FakeLink:
         self, gpu: Tier, cpu: Tier, rng: random.Random, *, max_delay: int = 5, failure: float = 0.0
     ) -> None:
         self.gpu, self.cpu, self.rng = gpu, cpu, rng
-        self.max_delay, self.failure = max_delay, failure
+        self.max_delay = max_delay
+        self.fails = lambda to_cpu: rng.random() < failure
         self.under_way: list[list] = []
         self.num_submitted = 0
 
     def submit(self, transfer_id, block_ids, *, to_cpu, after) -> None:
         self.num_submitted += 1
         source, destination = (self.gpu, self.cpu) if to_cpu else (self.cpu, self.gpu)
-        fails = self.rng.random() < self.failure
+        fails = self.fails(to_cpu)
         early = self.rng.random() < 0.5  # the bytes may move at any time before the end
         if after is not None:
             after.run()
