@@ -63,7 +63,7 @@ _NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), lt=2**63)]
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _json = msgspec.json.Encoder().encode
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -384,7 +384,7 @@ def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
 def _invalid(message: str) -> InvalidRequest:
     """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" with the place in front."""
     what, _, place = message.replace("`", "").partition(" - at ")
-    what = what[:1].lower() + what[1:]
+    what = (what[:1].lower() + what[1:]).replace(" | null", "")
     if not place:
         return InvalidRequest(f"The body is wrong: {what}.", param=_missing_field(what))
     param = place.removeprefix("$.").split(".")[0].split("[")[0]

@@ -129,6 +129,7 @@ class _Open:
     response: Response
     has_output: bool = False
     error: EngineError | None = None
+    left_open: bool = False
 
 
 class _Asked(NamedTuple):
@@ -185,6 +186,11 @@ class Pump:
     def num_open(self) -> int:
         """Requests that are open."""
         return len(self._open)
+
+    @property
+    def num_untold(self) -> int:
+        """Open requests that have yet to be told how they end."""
+        return sum(not request.left_open for request in list(self._open.values()))
 
     def exchange(self, ids: Sequence[str], fetch: Callable[[int], Incoming]) -> list[Reply]:
         """One call of the frontend.
@@ -338,7 +344,12 @@ class Pump:
     def _reply(self, request: _Open, index: int) -> Reply | None:
         response = request.response
         if request.error is not None:
-            # Too late for a status: it left with the opening piece.
+            # Too late for a status: it left with the opening piece. A client that awaits a whole
+            # response would take any body for a good one. So if the worker is about to end anyway,
+            # leave it to the frontend to break the connection: that is an error to every client.
+            if isinstance(request.error, EngineDead) and not response.stream:
+                request.left_open = True
+                return None
             del self._open[request.request_id]
             if not request.has_output:
                 self._num_waiting -= 1

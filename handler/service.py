@@ -123,7 +123,7 @@ class PagetierHandler:
             never.wait(_WATCH_SECONDS)
             pump.abort_if_silent()
         for _ in range(int(_TELL_SECONDS / _WATCH_SECONDS)):
-            if pump.num_open == 0:
+            if pump.num_untold == 0:
                 break
             never.wait(_WATCH_SECONDS)
         never.wait(_FLUSH_SECONDS)
