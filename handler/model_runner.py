@@ -71,11 +71,12 @@ class _HostBatch:
     def of(cls, plan: StepPlan, block_size: int) -> "_HostBatch":
         """Read everything that the step needs from its sequences, which change afterwards."""
         scheduled = plan.scheduled
+        assert scheduled, f"step {plan.step_id} has nothing to run"
         starts = np.array([s.start for s in scheduled], dtype=np.int64)
         lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
         query_start_loc = np.concatenate([[0], np.cumsum(lens)])
         tables = [s.sequence.block_tables[0] for s in scheduled]
-        block_tables = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int32)
+        block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
         token_ids: list[int] = []
         unknown = []
         for index, (share, table) in enumerate(zip(scheduled, tables, strict=True)):
@@ -154,9 +155,13 @@ class _CudaHandle:
     def __init__(self, output: SamplerOutput, num_logprobs: list[int | None]) -> None:
         self._num_logprobs = num_logprobs
         self._output = SamplerOutput(
-            *(_to_pinned(getattr(output, field.name)) for field in dataclasses.fields(output))
+            _to_pinned(output.token_ids),
+            *(
+                None if tensor is None else _to_pinned(tensor)
+                for tensor in (output.logprobs, output.top_token_ids, output.top_logprobs)
+            ),
         )
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.event.record()
 
     def collect(self) -> StepResult:
@@ -165,9 +170,7 @@ class _CudaHandle:
         return _to_result(self._output, self._num_logprobs)
 
 
-def _to_pinned(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    if tensor is None:
-        return None
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
 
@@ -242,9 +245,9 @@ class ModelRunner:
     def profile_peak_bytes(self, num_tokens: int) -> int:
         """Run the largest batch once and return how much memory it needs beside what is held.
 
-        The batch has ``max_num_seqs`` sequences of the greatest length, all decoding but one, which
-        has all other tokens; each asks for the costliest sampling. All of their blocks are one
-        scratch block.
+        The batch has ``max_num_seqs`` sequences of the greatest length. The first take as many new
+        tokens as they can, the others decode, and each asks for the costliest sampling. All of
+        their blocks are one scratch block.
 
         Args:
             num_tokens: new tokens of the batch.
@@ -268,14 +271,14 @@ class ModelRunner:
         num_sequences = min(self._max_num_seqs, num_tokens)
         num_blocks = -(-self._max_model_len // self._layout.block_size)
         params = SamplingParams(top_k=self._vocab_size, top_p=0.5, logprobs=20, seed=0)
-        first_tokens = min(num_tokens - num_sequences + 1, self._max_model_len)
         scheduled = []
         for row in range(num_sequences):
             request = AddRequest(f"profile-{row}", [0] * self._max_model_len, params)
             sequence = Sequence(request, arrival=row)
             sequence.block_tables = [[0] * num_blocks]
             sequence.row = row
-            count = first_tokens if row == 0 else 1
+            count = min(num_tokens - (num_sequences - row - 1), self._max_model_len)
+            num_tokens -= count
             start = self._max_model_len - count
             scheduled.append(ScheduledSequence(sequence, start, count, samples=True))
         return StepPlan(0, scheduled, [])
