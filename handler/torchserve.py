@@ -51,8 +51,10 @@ _MAX_RUN_DIR_LENGTH = 85
 _STOP_TIMEOUT_S = 20.0
 _PR_SET_PDEATHSIG = 1
 
-_OWN_ERROR = re.compile(r"pagetier\.handler\.errors\.\w+: (?P<message>.+)")
-_OWN_PROGRESS = re.compile(r" MODEL_LOG - (?:\S+ )?pagetier: (?P<message>.+)")
+_WORKER_LINE = re.compile(r" MODEL_LOG - (?P<message>.+)")
+_WORKER_ERROR = re.compile(r"pagetier cannot start: (?P<message>.+)")
+# The last line of TorchServe's own in a worker: what follows is said by the handler.
+_HANDLER_STARTS = re.compile(r" MODEL_LOG - model_name: .*, batchSize: ")
 _WORKER_FAILED = ("Load model failed", "Worker died", "Failed to start worker")
 
 
@@ -220,19 +222,12 @@ class TorchServe:
                 frontend ended, or the time is over.
         """
         deadline = time.monotonic() + timeout_s
-        lines: list[str] = []
-
-        def read_log() -> None:
-            for line in self._log.read_lines():
-                lines.append(line)
-                if on_progress is not None and (found := _OWN_PROGRESS.search(line)):
-                    on_progress(found["message"])
-
+        startup = _StartupLog(self._log, on_progress or (lambda line: None))
         pending = list(self.model_settings)
         while pending:
-            read_log()
-            if any(mark in line for line in lines for mark in _WORKER_FAILED):
-                raise LaunchError(_failure_sentence(lines, self.log_path))
+            startup.read()
+            if startup.failed:
+                raise LaunchError(startup.failure_sentence(self.log_path))
             self._check_running()
             pending = [
                 name
@@ -245,7 +240,7 @@ class TorchServe:
                     f"see '{self.log_path}'."
                 )
             time.sleep(0.1)
-        read_log()
+        startup.read()
         self._workers = psutil.Process(self.pid).children(recursive=True)
 
     def wait(self) -> None:
@@ -418,6 +413,40 @@ class _LogFollower:
         return [line.decode("utf-8", errors="replace") for line in lines]
 
 
+class _StartupLog:
+    """Finds in the log what workers say while they load their models."""
+
+    def __init__(self, log: _LogFollower, on_progress: Callable[[str], None]) -> None:
+        self._log = log
+        self._on_progress = on_progress
+        self._lines: list[str] = []
+        self._handler_has_started = False
+        self.failed = False
+
+    def read(self) -> None:
+        """Take in new lines."""
+        for line in self._log.read_lines():
+            self._lines.append(line)
+            self.failed |= any(mark in line for mark in _WORKER_FAILED)
+            found = _WORKER_LINE.search(line)
+            if found and self._handler_has_started and not self.failed:
+                self._on_progress(found["message"])
+            self._handler_has_started |= _HANDLER_STARTS.search(line) is not None
+
+    def failure_sentence(self, log_path: Path) -> str:
+        """What a worker said before it died: our own error, else the last exception it named."""
+        messages = [
+            found["message"] for line in self._lines if (found := _WORKER_LINE.search(line))
+        ]
+        for message in reversed(messages):
+            if found := _WORKER_ERROR.search(message):
+                return found["message"].strip()
+        for message in reversed(messages):
+            if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ", message):
+                return f"The model's worker could not start: {message} (log: '{log_path}')"
+        return f"The model's worker could not start; see '{log_path}'."
+
+
 def _readable_settings(archive: Path) -> Mapping[str, Any]:
     settings = read_handler_settings(archive)
     model = Path(str(settings.get("model", "")))
@@ -504,14 +533,3 @@ def _java_version(java: Path) -> int:
         if found:
             return int(found[1])
     return 0
-
-
-def _failure_sentence(lines: Sequence[str], log_path: Path) -> str:
-    """What a worker said before it died: our own error if there is one, else the last exception."""
-    for line in reversed(lines):
-        if found := _OWN_ERROR.search(line):
-            return found["message"].strip()
-    for line in reversed(lines):
-        if found := re.search(r" MODEL_LOG - (\w[\w.]*(?:Error|Exception|Exit): .+)", line):
-            return f"The model's worker could not start: {found[1]} (log: '{log_path}')"
-    return f"The model's worker could not start; see '{log_path}'."

@@ -9,7 +9,7 @@ import urllib.error
 
 import psutil
 import pytest
-from support.fake_archive import ECHO, UNREADABLE_MODEL, write_fake_archive
+from support.fake_archive import ECHO, FAULTY_HANDLER, UNREADABLE_MODEL, write_fake_archive
 from support.ports import free_ports
 
 from pagetier.handler import torchserve
@@ -65,13 +65,20 @@ def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive
 
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
-def test_failed_worker_is_told_in_its_own_sentence(tmp_path):
-    archive = write_fake_archive(tmp_path / "broken.mar", UNREADABLE_MODEL)
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (UNREADABLE_MODEL, "The model is broken as only loading shows."),
+        (FAULTY_HANDLER, "The model's worker could not start: ZeroDivisionError: a bug (log: "),
+    ],
+)
+def test_failed_worker_is_told_in_its_own_sentence(tmp_path, source, says):
+    archive = write_fake_archive(tmp_path / "broken.mar", source)
     with TorchServe([archive], port=free_ports()) as server:
         family = _family(server.pid)
         with pytest.raises(LaunchError) as caught:
             server.wait_ready(READY_TIMEOUT_S)
-        assert caught.value.message == "The model is broken in a way that only loading shows."
+        assert caught.value.message.startswith(says)
     assert not [process for process in family if process.is_running()]
 
 

@@ -10,19 +10,30 @@ from model_archiver.model_packaging_utils import ModelExportUtils
 ECHO = """
 class EchoHandler:
     def initialize(self, context):
-        print("pagetier: warming up", flush=True)
+        print("warming up", flush=True)
 
     def handle(self, data, context):
         return ["hello"] * len(data)
 """
 
 UNREADABLE_MODEL = """
-from pagetier.handler.errors import ModelError
+import logging
+import sys
 
 
 class BrokenHandler:
     def initialize(self, context):
-        raise ModelError("The model is broken in a way that only loading shows.")
+        logging.error("pagetier cannot start: The model is broken as only loading shows.")
+        sys.exit(1)
+
+    def handle(self, data, context):
+        return [""] * len(data)
+"""
+
+FAULTY_HANDLER = """
+class FaultyHandler:
+    def initialize(self, context):
+        raise ZeroDivisionError("a bug")
 
     def handle(self, data, context):
         return [""] * len(data)
