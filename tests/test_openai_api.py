@@ -1,0 +1,482 @@
+import json
+import math
+
+import pytest
+from support.tokenizers import byte_level_tokenizer
+
+from pagetier.handler import openai_api
+from pagetier.handler.errors import (
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    NotFound,
+    PromptTooLong,
+    QueueFull,
+)
+from pagetier.handler.openai_api import OpenAIApi, error_body, parse_json
+from pagetier.handler.request import RequestOutput, TokenLogprobs
+from pagetier.handler.tokenizer import Tokenizer
+
+MAX_MODEL_LEN = 100
+VOCAB_SIZE = 400
+CHAT = [{"role": "user", "content": "the fox"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(byte_level_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def api(tokenizer):
+    return OpenAIApi(
+        tokenizer,
+        model_name="tiny",
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=VOCAB_SIZE,
+        eos_token_ids=(0,),
+        clock=lambda: 1234.5,
+    )
+
+
+def completion(api, **body):
+    return api.completion("r1", {"prompt": "the fox", **body})
+
+
+def chat(api, **body):
+    return api.chat("r1", {"messages": CHAT, **body})
+
+
+def feed(response, tokenizer, text, *, steps=1, logprobs=None, **last):
+    """Give ``response`` the tokens of ``text`` in ``steps`` outputs of about equal size."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    size = math.ceil(len(ids) / steps)
+    pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+    for number, piece in enumerate(pieces):
+        made = None
+        if logprobs is not None:
+            made = [
+                TokenLogprobs(t, -0.25, [t, 70][:logprobs], [-0.25, -2.0][:logprobs]) for t in piece
+            ]
+        is_last = number == len(pieces) - 1
+        reason = {"finish_reason": "length", **last} if is_last else {}
+        response.add(RequestOutput("r1", piece, logprobs=made, num_cached_tokens=16, **reason))
+    return ids
+
+
+def events(data):
+    """The JSON of server-sent events, ``[DONE]`` as None."""
+    assert data.endswith(b"\n\n")
+    lines = data.decode().split("\n\n")[:-1]
+    assert all(line.startswith("data: ") for line in lines)
+    return [None if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+# --- parsing ---------------------------------------------------------------------------------
+
+
+def test_completion_defaults_are_openais(api, tokenizer):
+    response = completion(api)
+    request = response.request
+    assert request.prompt_token_ids == tokenizer.encode("the fox")
+    assert request.eos_token_ids == (0,)
+    assert (request.params.max_tokens, request.params.temperature) == (16, 1.0)
+    assert (request.params.top_p, request.params.logprobs) == (1.0, None)
+    assert not response.stream
+
+
+def test_completion_fields_reach_the_engine(api):
+    request = completion(
+        api, model="tiny", max_tokens=5, temperature=0, top_p=0.5, top_k=7, seed=-3,
+        stop="x", stop_token_ids=[9], ignore_eos=True, logprobs=2, priority=-1, cache_salt="s",
+    ).request  # fmt: skip
+    params = request.params
+    assert (params.max_tokens, params.temperature, params.top_p, params.top_k) == (5, 0, 0.5, 7)
+    assert (params.seed, params.stop, params.stop_token_ids) == (-3, ("x",), (9,))
+    assert (params.ignore_eos, params.logprobs) == (True, 2)
+    assert (request.priority, request.cache_salt) == (-1, "s")
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], [[7, 8, 9]]])
+def test_prompt_may_be_token_ids(api, prompt):
+    assert completion(api, prompt=prompt).request.prompt_token_ids == [7, 8, 9]
+
+
+def test_prompt_may_be_a_list_of_one_text(api, tokenizer):
+    assert completion(api, prompt=["the fox"]).request.prompt_token_ids == tokenizer.encode(
+        "the fox"
+    )
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[7], [8]], ["a", [8]]])
+def test_several_prompts_are_refused(api, prompt):
+    with pytest.raises(InvalidRequest, match="not supported yet"):
+        completion(api, prompt=prompt)
+
+
+def test_chat_is_rendered_and_takes_all_the_room(api, tokenizer):
+    request = chat(api).request
+    assert request.prompt_token_ids == tokenizer.encode("<|user|>the fox<|end|><|assistant|>")
+    assert request.params.max_tokens == MAX_MODEL_LEN - len(request.prompt_token_ids)
+    assert chat(api, max_tokens=3).request.params.max_tokens == 3
+    assert chat(api, max_tokens=3, max_completion_tokens=4).request.params.max_tokens == 4
+
+
+def test_chat_takes_what_openais_client_sends_back(api, tokenizer):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "audio": None},
+        {"role": "user", "content": "d"},
+    ]
+    request = chat(api, messages=messages).request
+    expected = "<|user|>a\nb<|end|><|assistant|>c<|end|><|user|>d<|end|><|assistant|>"
+    assert request.prompt_token_ids == tokenizer.encode(expected)
+
+
+def test_plain_prediction_takes_text_or_fields(api):
+    assert api.prediction("r1", "the fox").request == completion(api).request
+    fields = {"prompt": "the fox", "max_tokens": 3, "stream": True}
+    assert api.prediction("r1", fields).stream
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 1), ("best_of", 1), ("presence_penalty", 0), ("frequency_penalty", 0.0),
+        ("repetition_penalty", 1.0), ("logit_bias", {}), ("logit_bias", None), ("min_p", 0),
+        ("min_tokens", 0), ("echo", False), ("response_format", {"type": "text"}),
+        ("tools", []), ("tools", None), ("tool_choice", "none"), ("bad_words", []),
+        ("skip_special_tokens", True), ("user", "me"), ("metadata", {"a": "b"}), ("store", True),
+        ("service_tier", "auto"), ("temperature", None), ("max_tokens", None), ("stop", None),
+    ],
+)  # fmt: skip
+def test_neutral_and_harmless_fields_change_nothing(api, field, value):
+    assert completion(api, **{field: value}).request == completion(api).request
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2), ("n", True), ("best_of", 3), ("presence_penalty", 0.1), ("logit_bias", {"5": 1}),
+        ("response_format", {"type": "json_object"}), ("tools", [{}]), ("echo", True),
+        ("min_p", 0.1), ("skip_special_tokens", False), ("timeout", 5), ("guided_json", {}),
+    ],
+)  # fmt: skip
+def test_features_that_do_not_exist_yet_are_refused(api, field, value):
+    with pytest.raises(InvalidRequest, match=f"^{field} is not supported yet") as caught:
+        completion(api, **{field: value})
+    assert caught.value.param == field
+
+
+def test_unknown_fields_are_named(api):
+    with pytest.raises(InvalidRequest, match=r"^Unknown fields 'maxtokens', 'topp'") as caught:
+        completion(api, maxtokens=3, topp=1)
+    assert caught.value.param == "maxtokens"
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ({"max_tokens": "x"}, r"^\$\.max_tokens: expected int, got str\.$", "max_tokens"),
+        ({"max_tokens": 1.5}, r"^\$\.max_tokens: expected int, got float\.$", "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens must be 1 or more, not 0", "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens", "max_tokens"),
+        ({"temperature": -1}, "temperature must be", "temperature"),
+        ({"temperature": float("nan")}, "temperature must be", "temperature"),
+        ({"temperature": "hot"}, "expected float, got str", "temperature"),
+        ({"top_p": 0}, "top_p must be", "top_p"),
+        ({"top_k": -5}, "top_k must be", "top_k"),
+        ({"seed": 2**64}, "seed", "seed"),
+        ({"priority": 2**64}, "priority", "priority"),
+        ({"stop": [1]}, r"\$\.stop\[0\]: expected str, got int", "stop"),
+        ({"stop": [""]}, "stop must be", "stop"),
+        ({"stop": "x" * 2000}, "at most 1024 characters", "stop"),
+        ({"stop": ["x"] * 17}, "stop must be", "stop"),
+        ({"stop_token_ids": [VOCAB_SIZE]}, "from 0 to 399, not 400", "stop_token_ids"),
+        ({"logprobs": 21}, "logprobs must be 0 to 20", "logprobs"),
+        ({"stream": "yes"}, "expected bool, got str", "stream"),
+        ({"stream_options": {"include_usage": True}}, "needs stream", "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "unknown field x", "stream_options"),
+        ({"prompt": ""}, "must not be empty", "prompt"),
+        ({"prompt": []}, "must not be empty", "prompt"),
+        ({"prompt": [""]}, "must not be empty", "prompt"),
+        ({"prompt": None}, "missing required field prompt", "prompt"),
+        ({"prompt": 5}, r"\$\.prompt: expected text or a list of token ids, got int", "prompt"),
+        ({"prompt": {"a": 1}}, "got dict", "prompt"),
+        ({"prompt": [7, VOCAB_SIZE]}, "from 0 to 399, not 400", "prompt"),
+        ({"prompt": [7, -1]}, "not -1", "prompt"),
+        ({"prompt": [True]}, "not True", "prompt"),
+        ({"prompt": [1.5]}, "not 1.5", "prompt"),
+        ({"prompt": "\ud800"}, "surrogate", "prompt"),
+    ],
+)
+def test_wrong_completion_fields_are_told_in_one_sentence(api, body, message, param):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        completion(api, **body)
+    assert caught.value.param == param
+    assert "\n" not in caught.value.message
+    assert caught.value.message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ({"messages": []}, "must not be empty", "messages"),
+        ({"messages": None}, "missing required field messages", "messages"),
+        ({"messages": "hi"}, "expected array, got str", "messages"),
+        ({"messages": ["hi"]}, r"\$\.messages\[0\]: expected object, got str", "messages"),
+        ({"messages": [{"role": "user"}]}, "missing required field content", "messages"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "invalid enum", "messages"),
+        ({"messages": [{"role": "developer", "content": "a"}]}, "unknown role", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+            "image_url",
+            "messages",
+        ),
+        ({"top_logprobs": 2}, "needs logprobs", "top_logprobs"),
+        ({"logprobs": 2}, "expected bool, got int", "logprobs"),
+        ({"max_completion_tokens": 500}, "asks for 500 more", "max_completion_tokens"),
+    ],
+)
+def test_wrong_chat_fields_are_told_in_one_sentence(api, body, message, param):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        chat(api, **body)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("body", ["text", 5, [1], True])
+def test_body_that_is_no_object_is_refused(api, body):
+    with pytest.raises(InvalidRequest, match="must be a JSON object"):
+        api.completion("r1", body)
+
+
+def test_prompt_that_is_too_long_names_both_lengths(api):
+    with pytest.raises(PromptTooLong, match=r"has 100 tokens.*at most 100") as caught:
+        completion(api, prompt=[7] * 100)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+    with pytest.raises(PromptTooLong, match=r"has 90 tokens .*11 more.*at most 100") as caught:
+        completion(api, prompt=[7] * 90, max_tokens=11)
+    assert caught.value.param == "max_tokens"
+    assert completion(api, prompt=[7] * 90, max_tokens=10).request.params.max_tokens == 10
+    # The default asks for no more than there is.
+    assert completion(api, prompt=[7] * 90).request.params.max_tokens == 10
+
+
+def test_unknown_model_is_not_found(api):
+    for send in (completion, chat):
+        with pytest.raises(NotFound, match=r"'gpt-4'.*'tiny'") as caught:
+            send(api, model="gpt-4")
+        assert caught.value.status == 404
+    with pytest.raises(NotFound):
+        api.model("gpt-4")
+
+
+def test_models_list_the_served_one(api):
+    card = {
+        "id": "tiny", "object": "model", "created": 1234, "owned_by": "pagetier",
+        "max_model_len": MAX_MODEL_LEN,
+    }  # fmt: skip
+    assert json.loads(api.models()) == {"object": "list", "data": [card]}
+    assert json.loads(api.model("tiny")) == card
+
+
+@pytest.mark.parametrize("data", [b'{"a": ', b"\xff", "nonsense", b"[" * 100_000])
+def test_malformed_json_is_an_invalid_request(data):
+    with pytest.raises(InvalidRequest, match=r"^The body is not valid JSON: "):
+        parse_json(data)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InvalidRequest("No.", param="n"), ("No.", "invalid_request_error", "n", None)),
+        (
+            PromptTooLong("Long."),
+            ("Long.", "invalid_request_error", None, "context_length_exceeded"),
+        ),
+        (QueueFull("Full."), ("Full.", "rate_limit_error", None, "queue_full")),
+        (EngineDead("Dead."), ("Dead.", "service_unavailable_error", None, None)),
+    ],
+)
+def test_errors_have_openais_shape(error, expected):
+    body = json.loads(error_body(error))
+    assert body == {"error": dict(zip(("message", "type", "param", "code"), expected, strict=True))}
+
+
+# --- responses -------------------------------------------------------------------------------
+
+
+def test_whole_completion_has_openais_shape(api, tokenizer):
+    response = completion(api)
+    assert not response.finished
+    ids = feed(response, tokenizer, "jumps over 日本", steps=3)
+    assert response.finished
+    assert json.loads(response.whole()) == {
+        "id": "cmpl-r1",
+        "object": "text_completion",
+        "created": 1234,
+        "model": "tiny",
+        "choices": [
+            {
+                "index": 0,
+                "text": "jumps over 日本",
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": len(ids),
+            "total_tokens": 2 + len(ids),
+            "prompt_tokens_details": {"cached_tokens": 16},
+        },
+    }
+
+
+def test_whole_chat_has_openais_shape(api, tokenizer):
+    response = chat(api)
+    feed(response, tokenizer, "jumps", finish_reason="stop", stop_reason=None)
+    body = json.loads(response.whole())
+    assert (body["id"], body["object"]) == ("chatcmpl-r1", "chat.completion")
+    (choice,) = body["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_streamed_completion_carries_the_same_as_a_whole_one(api, tokenizer, include_usage):
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+    response = completion(api, stream=True, **options)
+    assert response.opening() == b""
+    assert response.take_events() == b""
+    text = 'say "hi" \\ 日本 🙂\n'
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    data = b""
+    for number, token in enumerate(ids, start=1):
+        reason = "length" if number == len(ids) else None
+        response.add(RequestOutput("r1", [token], finish_reason=reason))
+        data += response.take_events()
+    *chunks, done = events(data)
+    assert done is None
+    if include_usage:
+        *chunks, usage = chunks
+        assert usage["choices"] == []
+        assert usage["usage"]["completion_tokens"] == len(ids)
+        assert all(chunk["usage"] is None for chunk in chunks)
+    else:
+        assert all("usage" not in chunk for chunk in chunks)
+    assert "".join(c["choices"][0]["text"] for c in chunks) == text
+    reasons = [c["choices"][0]["finish_reason"] for c in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["length"]
+    assert {(c["id"], c["object"], c["model"]) for c in chunks} == {
+        ("cmpl-r1", "text_completion", "tiny")
+    }
+
+
+def test_steps_between_two_pumps_share_a_chunk(api, tokenizer):
+    response = completion(api, stream=True)
+    for token in tokenizer.encode("the lazy dog", add_special_tokens=False):
+        response.add(RequestOutput("r1", [token]))
+    (chunk,) = events(response.take_events())
+    assert chunk["choices"][0]["text"] == "the lazy dog"
+
+
+def test_streamed_chat_opens_with_the_role(api, tokenizer):
+    response = chat(api, stream=True)
+    (first,) = events(response.opening())
+    assert first["object"] == "chat.completion.chunk"
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    feed(response, tokenizer, "jumps")
+    last, done = events(response.take_events())
+    assert last["choices"][0] == {
+        "index": 0,
+        "delta": {"content": "jumps"},
+        "logprobs": None,
+        "finish_reason": "length",
+        "stop_reason": None,
+    }
+    assert done is None
+
+
+def test_plain_prediction_has_a_flat_shape(api, tokenizer):
+    response = api.prediction("r1", {"prompt": "the", "stream": True})
+    feed(response, tokenizer, "fox")
+    assert events(response.take_events()) == [
+        {
+            "model": "tiny", "text": "fox", "logprobs": None, "finish_reason": "length",
+            "stop_reason": None,
+        },
+        None,
+    ]  # fmt: skip
+    response = api.prediction("r1", "the")
+    feed(response, tokenizer, "fox")
+    body = json.loads(response.whole())
+    assert (body["text"], body["finish_reason"], body["usage"]["prompt_tokens"]) == (
+        "fox", "length", 1,
+    )  # fmt: skip
+
+
+def test_stop_string_is_told_and_ends_the_engines_work(api, tokenizer):
+    response = completion(api, stop=["over"], stream=True)
+    ids = tokenizer.encode("jumps over the", add_special_tokens=False)
+    aborts = [response.add(RequestOutput("r1", [t])) for t in ids]
+    assert aborts.count(True) == 1
+    assert response.finished
+    chunk, _ = events(response.take_events())
+    assert chunk["choices"][0]["text"] == "jumps "
+    assert chunk["choices"][0]["finish_reason"] == "stop"
+    assert chunk["choices"][0]["stop_reason"] == "over"
+
+
+def test_completion_logprobs_are_parallel_lists(api, tokenizer):
+    response = completion(api, logprobs=1)
+    ids = feed(response, tokenizer, "jumps over", logprobs=1)
+    logprobs = json.loads(response.whole())["choices"][0]["logprobs"]
+    tokens = [tokenizer.decode([t]) for t in ids]
+    assert logprobs["tokens"] == tokens
+    assert logprobs["token_logprobs"] == [-0.25] * len(ids)
+    assert logprobs["top_logprobs"] == [{t: -0.25} for t in tokens]
+    starts = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    assert logprobs["text_offset"] == starts
+
+
+def test_chosen_token_is_among_the_completions_top_logprobs(api):
+    response = completion(api, logprobs=1)
+    chosen = TokenLogprobs(80, -5.0, [70], [-0.1])
+    response.add(RequestOutput("r1", [80], logprobs=[chosen], finish_reason="length"))
+    (top,) = json.loads(response.whole())["choices"][0]["logprobs"]["top_logprobs"]
+    assert sorted(top.values()) == [-5.0, -0.1]
+
+
+def test_streamed_logprobs_go_on_where_the_last_chunk_ended(api, tokenizer):
+    response = completion(api, stream=True, logprobs=0)
+    offsets = []
+    for word in ("jumps", " over"):
+        ids = tokenizer.encode(word, add_special_tokens=False)
+        made = [TokenLogprobs(t, -1.0, [], []) for t in ids]
+        response.add(RequestOutput("r1", ids, logprobs=made))
+        (chunk,) = events(response.take_events())
+        offsets += chunk["choices"][0]["logprobs"]["text_offset"]
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert len("jumps") in offsets
+
+
+def test_chat_logprobs_have_bytes_of_half_characters(api, tokenizer):
+    response = chat(api, logprobs=True, top_logprobs=1)
+    half = tokenizer._backend.token_to_id("Ã")
+    made = [TokenLogprobs(half, -math.inf, [half], [-math.inf])]
+    response.add(RequestOutput("r1", [half], logprobs=made, finish_reason="length"))
+    (entry,) = json.loads(response.whole())["choices"][0]["logprobs"]["content"]
+    token = {"token": "bytes:\\xc3", "logprob": openai_api.MIN_LOGPROB, "bytes": [0xC3]}
+    assert entry == {**token, "top_logprobs": [token]}
+
+
+def test_failing_stream_tells_what_came_before_and_why(api, tokenizer):
+    response = completion(api, stream=True)
+    response.add(RequestOutput("r1", tokenizer.encode("jumps", add_special_tokens=False)))
+    chunk, error, done = events(response.error_events(EngineError("It broke.")))
+    assert chunk["choices"][0]["text"] == "jumps"
+    assert error["error"]["message"] == "It broke."
+    assert done is None
