@@ -41,6 +41,9 @@ WAIT_SECONDS = 0.02
 # With requests open, the frontend calls at once; if it does not, their clients have left.
 SILENCE_SECONDS = 0.8
 STATS_SECONDS = 5.0
+# The frontend looks whether a client has left only when it has a piece for it. So those that have
+# gained nothing get an empty piece from time to time, of which no byte reaches the client.
+TOUCH_SECONDS = 0.25
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -176,6 +179,7 @@ class Pump:
         self._ready: dict[str, _Open] = {}
         self._num_waiting = 0
         self._last_exchange = clock()
+        self._last_touch = clock()
         self._routes: dict[str, Callable[[str, Any], Response]] = {
             "v1/completions": api.completion,
             "v1/chat/completions": api.chat,
@@ -215,6 +219,9 @@ class Pump:
                     self._take(message)
             replies += [self._reply(request, index_of[r]) for r, request in self._ready.items()]
             self._ready.clear()
+            if self._clock() - self._last_touch >= TOUCH_SECONDS:
+                self._last_touch = self._clock()
+                replies += self._touches(index_of, {r.index for r in replies if r is not None})
             if self._asked:
                 replies += self._late_stats_replies(index_of)
             # New ones come last: their opening piece must go out before anything they gain.
@@ -362,6 +369,14 @@ class Pump:
             return Reply(index, body, True)
         events = response.take_events() if response.stream else b""
         return Reply(index, events, False) if events else None
+
+    def _touches(self, index_of: Mapping[str, int], replied: set[int]) -> list[Reply | None]:
+        """Empty pieces for those that get none otherwise."""
+        return [
+            Reply(index_of[r], b"", False)
+            for r, request in self._open.items()
+            if index_of[r] not in replied and not request.left_open
+        ]
 
     def _stats_reply(self, reply: StatsReply, index_of: Mapping[str, int]) -> Reply | None:
         with_trace = reply.trace is not None
