@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class PagetierHandler:
         # At its own level TorchServe writes several lines for each call of ``handle``.
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("pagetier").setLevel(logging.INFO)
-        _watch_parent(self.close)
+        _watch_parent()
         try:
             self._start(context)
         except EngineError as exc:
@@ -188,13 +188,15 @@ def _apply(replies: list[Reply], ids: list[str], data: list[dict[str, Any]], con
             context.set_response_header(position, name, value)
 
 
-def _watch_parent(close: Callable[[], None]) -> None:
-    """End this process as soon as its parent, the frontend, has ended."""
+def _watch_parent() -> None:
+    """End this process as soon as its parent, the frontend, has ended.
+
+    At once and without farewell: the engine ends by itself when its connection does.
+    """
     parent = os.pidfd_open(os.getppid())
 
     def watch() -> None:
         select.select([parent], [], [])
-        close()
         os._exit(0)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()

@@ -1,0 +1,309 @@
+"""The pump with an engine that does only what the test says, and a clock that the test turns."""
+
+import json
+
+import pytest
+from support.tokenizers import byte_level_tokenizer
+
+from pagetier.handler.errors import EngineDead
+from pagetier.handler.openai_api import OpenAIApi
+from pagetier.handler.pump import (
+    SILENCE_SECONDS,
+    STATS_SECONDS,
+    TOUCH_SECONDS,
+    Inbox,
+    Incoming,
+    Pump,
+)
+from pagetier.handler.request import RequestOutput, StatsReply
+from pagetier.handler.tokenizer import Tokenizer
+
+BODY = {"prompt": "the fox", "max_tokens": 50}
+STREAM = {**BODY, "stream": True}
+
+
+class Engine:
+    """Writes down what it is asked."""
+
+    def __init__(self, inbox):
+        self.inbox = inbox
+        self.added = []
+        self.aborted = []
+        self.asked = []
+
+    def add(self, request):
+        self.added.append(request.request_id)
+
+    def abort(self, request_ids):
+        self.aborted += request_ids
+
+    def request_stats(self, *, include_trace=False):
+        if self.inbox.death is not None:
+            raise EngineDead(self.inbox.death)
+        self.asked.append(include_trace)
+
+
+class Rig:
+    """A pump and what it needs; ``exchange`` takes new requests by id."""
+
+    def __init__(self, max_waiting=4):
+        self.now = 100.0
+        self.inbox = Inbox()
+        self.engine = Engine(self.inbox)
+        self.tokenizer = Tokenizer(byte_level_tokenizer())
+        api = OpenAIApi(
+            self.tokenizer, model_name="tiny", max_model_len=100, vocab_size=400, eos_token_ids=()
+        )
+        self.pump = Pump(
+            self.engine,
+            api,
+            self.inbox,
+            max_num_queued_reqs=max_waiting,
+            clock=lambda: self.now,
+        )
+
+    def exchange(self, *ids, **new):
+        """Replies by id; ``new`` are (route, body) of ids that are not open yet."""
+        ids = [*ids, *new]
+        replies = self.pump.exchange(ids, lambda index: Incoming(*new[ids[index]]))
+        assert len({r.index for r in replies}) == len(replies)
+        return {ids[r.index]: r for r in replies}
+
+    def gain(self, request_id, text="a", **fields):
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        self.inbox.put([RequestOutput(request_id, ids, **fields)])
+
+
+@pytest.fixture
+def rig():
+    return Rig()
+
+
+def test_accepted_request_is_opened_in_the_exchange_that_brings_it(rig):
+    replies = rig.exchange(s=("v1/completions", STREAM), w=("v1/completions", BODY))
+    assert [(r.body, r.last, r.status) for r in replies.values()] == [(b"", False, 200)] * 2
+    assert replies["s"].content_type == "text/event-stream"
+    assert replies["w"].content_type == "application/json"
+    assert rig.engine.added == ["s", "w"]
+
+
+def test_outputs_that_come_at_once_wait_for_the_next_exchange(rig):
+    """A last piece must not be the first: it would go out without a head."""
+    rig.engine.add = lambda request: rig.gain(request.request_id, finish_reason="length")
+    assert rig.exchange(s=("v1/completions", STREAM))["s"].last is False
+    assert rig.exchange("s")["s"].last is True
+
+
+def test_only_requests_that_gained_something_are_answered(rig):
+    rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", STREAM))
+    rig.gain("b", "quick")
+    replies = rig.exchange("a", "b")
+    assert list(replies) == ["b"]
+    assert b'"quick"' in replies["b"].body
+    assert replies["b"].content_type is None
+
+
+def test_whole_response_comes_in_one_piece_at_the_end(rig):
+    rig.exchange(w=("v1/completions", BODY))
+    rig.gain("w", "quick")
+    assert rig.exchange("w") == {}
+    rig.gain("w", " fox", finish_reason="length")
+    reply = rig.exchange("w")["w"]
+    assert reply.last is True
+    assert json.loads(reply.body)["choices"][0]["text"] == "quick fox"
+    assert rig.pump.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status"),
+    [
+        ("v1/completions", {"prompt": ""}, 400),
+        ("v1/completions", None, 400),
+        ("v1/completions", b'{"prompt"', 400),
+        ("v1/completions", {"prompt": "a", "model": "other"}, 404),
+        ("v1/embeddings", {}, 404),
+        ("v1/models/other", None, 404),
+        ("v1/models", None, 200),
+        ("v1/models/tiny", None, 200),
+        ("/health/", None, 200),
+    ],
+)
+def test_what_is_known_at_once_is_a_complete_reply(rig, route, body, status):
+    reply = rig.exchange(r=(route, body))["r"]
+    assert (reply.status, reply.last, reply.content_type) == (status, None, "application/json")
+    assert ("error" in json.loads(reply.body)) == (status != 200)
+    assert rig.engine.added == []
+    assert rig.pump.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "prompt_or_error"),
+    [
+        ("the fox", "text/plain", None),
+        (bytearray(b"the fox"), "application/octet-stream", None),
+        ({"prompt": "the fox"}, "application/json", None),
+        (bytearray(b'{"prompt": "a'), "application/json", "not valid JSON"),
+        (b"\xff\xfe", "application/octet-stream", "neither JSON nor UTF-8"),
+    ],
+)
+def test_plain_route_takes_text_or_json(rig, body, content_type, prompt_or_error):
+    reply = rig.exchange(p=("", body, content_type))["p"]
+    if prompt_or_error is None:
+        assert reply.last is False
+    else:
+        assert prompt_or_error in json.loads(reply.body)["error"]["message"]
+
+
+def test_json_sent_as_text_is_read_as_json_on_openais_routes(rig):
+    body = json.dumps(BODY)
+    assert rig.exchange(r=("v1/completions", body, "text/plain"))["r"].last is False
+
+
+def test_requests_beyond_the_bound_are_refused_with_retry_after():
+    rig = Rig(max_waiting=2)
+    new = dict.fromkeys("abc", ("v1/completions", STREAM))
+    replies = rig.exchange(**new)
+    assert [r.status for r in replies.values()] == [200, 200, 429]
+    assert replies["c"].headers == {"Retry-After": "1"}
+    assert json.loads(replies["c"].body)["error"]["code"] == "queue_full"
+    # One that has its first token waits no longer, nor does one that has left.
+    rig.gain("a")
+    assert rig.exchange("a", "b", d=("v1/completions", STREAM))["d"].status == 200
+    assert rig.exchange("a", "b", "d", e=("v1/completions", STREAM))["e"].status == 429
+    assert rig.exchange("a", "d", f=("v1/completions", STREAM))["f"].status == 200
+
+
+def test_request_missing_from_a_call_is_aborted(rig):
+    rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", STREAM))
+    rig.exchange("b")
+    assert rig.engine.aborted == ["a"]
+    rig.gain("a")
+    rig.gain("b")
+    assert list(rig.exchange("b")) == ["b"]
+
+
+def test_those_that_gain_nothing_are_touched_from_time_to_time(rig):
+    """The frontend notices a client that has left only when it has a piece for it."""
+    rig.exchange(s=("v1/completions", STREAM), w=("v1/completions", BODY))
+    rig.gain("w")
+    assert rig.exchange("s", "w") == {}
+    rig.now += TOUCH_SECONDS
+    rig.gain("w")
+    rig.gain("s")
+    replies = rig.exchange("s", "w")
+    assert (replies["w"].body, replies["w"].last) == (b"", False)
+    assert replies["s"].body != b""
+    rig.now += TOUCH_SECONDS / 2
+    assert rig.exchange("s", "w") == {}
+
+
+def test_stop_string_aborts_in_the_engine(rig):
+    rig.exchange(s=("v1/completions", {**STREAM, "stop": "fox"}))
+    rig.gain("s", "quick fox")
+    reply = rig.exchange("s")["s"]
+    assert reply.last is True
+    assert b'"finish_reason":"stop"' in reply.body
+    assert rig.engine.aborted == ["s"]
+
+
+def test_silent_frontend_aborts_all(rig):
+    rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", BODY))
+    rig.now += SILENCE_SECONDS / 2
+    rig.pump.abort_if_silent()
+    assert rig.engine.aborted == []
+    rig.now += SILENCE_SECONDS
+    rig.pump.abort_if_silent()
+    rig.pump.abort_if_silent()
+    assert rig.engine.aborted == ["a", "b"]
+    # A frontend that was only slow gets an end for each.
+    replies = rig.exchange("a", "b")
+    assert all(r.last is True and b"interrupted" in r.body for r in replies.values())
+    assert rig.pump.num_open == 0
+
+
+def test_silence_with_nothing_open_aborts_nothing(rig):
+    rig.exchange(m=("v1/models", None))
+    rig.now += 10 * SILENCE_SECONDS
+    rig.pump.abort_if_silent()
+    assert rig.engine.aborted == []
+
+
+def test_engines_refusal_reaches_its_client_only(rig):
+    rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", BODY))
+    for name in "ab":
+        rig.gain(name, "", finish_reason="error", error="Too long.", error_status=400)
+    replies = rig.exchange("a", "b")
+    assert [r.last for r in replies.values()] == [True, True]
+    assert b'data: {"error":{"message":"Too long.","type":"invalid_request_error"' in (
+        replies["a"].body
+    )
+    assert json.loads(replies["b"].body)["error"]["message"] == "Too long."
+    assert rig.pump.num_open == 0
+
+
+def test_output_that_cannot_be_formatted_fails_its_request_only(rig, monkeypatch):
+    rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", STREAM))
+    broken = rig.pump._open["a"].response
+    monkeypatch.setattr(broken, "add", lambda output: 1 / 0)
+    rig.gain("a")
+    rig.gain("b")
+    replies = rig.exchange("a", "b")
+    assert b"server's own" in replies["a"].body
+    assert replies["a"].last is True
+    assert replies["b"].last is False
+    assert rig.engine.aborted == ["a"]
+
+
+def test_request_that_cannot_be_read_fails_alone(rig):
+    def fetch(index):
+        if index == 0:
+            raise ValueError("a fault")
+        return Incoming("v1/completions", STREAM)
+
+    replies = rig.pump.exchange(["a", "b"], fetch)
+    assert [r.status for r in replies] == [500, 200]
+
+
+def test_dead_engine_ends_streams_with_an_error_and_leaves_whole_ones_to_be_broken_off(rig):
+    rig.exchange(s=("v1/completions", STREAM), w=("v1/completions", BODY), q=("stats", None))
+    for name in "sw":
+        rig.gain(name, "", finish_reason="error", error="Dead.", error_status=503)
+    rig.inbox.put_death("Dead.")
+    replies = rig.exchange("s", "w", "q")
+    assert replies["s"].last is True
+    assert b'"service_unavailable_error"' in replies["s"].body
+    assert "w" not in replies
+    assert (replies["q"].status, replies["q"].last) == (503, None)
+    assert rig.pump.num_untold == 0
+    # Whoever comes now is told with a status.
+    for route in ("v1/completions", "v1/chat/completions", "", "health", "stats"):
+        assert rig.exchange("w", n=(route, STREAM))["n"].status == 503
+    assert rig.exchange("w", n=("v1/models", None))["n"].status == 200
+
+
+def test_stats_are_answered_when_the_engine_has_told_them(rig):
+    assert rig.exchange(a=("stats", None), t=("stats/trace", None)) == {}
+    assert rig.engine.asked == [False, True]
+    assert rig.exchange("a", "t") == {}
+    rig.inbox.put(StatsReply({"num_requests_running": 3}, [{"step": 1}]))
+    replies = rig.exchange("a", "t")
+    assert list(replies) == ["t"]
+    assert json.loads(replies["t"].body)["trace"] == [{"step": 1}]
+    rig.inbox.put(StatsReply({"num_requests_running": 4}))
+    reply = rig.exchange("a")["a"]
+    assert json.loads(reply.body) == {"num_requests_running": 4, "num_requests_open": 0}
+    assert reply.last is None
+
+
+def test_stats_that_nobody_waits_for_are_dropped(rig):
+    rig.exchange(a=("stats", None))
+    rig.exchange()
+    rig.inbox.put(StatsReply({}))
+    assert rig.exchange() == {}
+
+
+def test_stats_do_not_wait_for_ever(rig):
+    rig.exchange(a=("stats", None))
+    rig.now += STATS_SECONDS + 1
+    reply = rig.exchange("a")["a"]
+    assert (reply.status, reply.last) == (503, None)
