@@ -64,15 +64,16 @@ class Tokenizer:
         self._chat_template = chat_template
         self.eos_token_id: int | None = tokenizer.eos_token_id
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        self._special_ids = frozenset(
-            token_id
-            for token_id, token in self._backend.get_added_tokens_decoder().items()
-            if token.special
-        )
         self.max_token_bytes = max((len(t.encode()) for t in vocabulary), default=1)
+        # Of byte-level tokenizers: what each token is, and what is shown of it.
         self._token_bytes: list[bytes] | None = None
+        self._text_bytes: list[bytes] = []
         if isinstance(self._backend.decoder, decoders.ByteLevel):
             self._token_bytes = _byte_level_table(vocabulary)
+            self._text_bytes = list(self._token_bytes)
+            for token_id, token in self._backend.get_added_tokens_decoder().items():
+                if token.special:
+                    self._text_bytes[token_id] = b""
 
     @classmethod
     def load(cls, config: EngineConfig) -> "Tokenizer":
@@ -185,7 +186,7 @@ class Tokenizer:
     def decoder(self, prompt_token_ids: Sequence[int] = ()) -> "IncrementalDecoder":
         """A decoder of one output, which follows ``prompt_token_ids``."""
         if self._token_bytes is not None:
-            return _ByteLevelDecoder(self._token_bytes, self._special_ids)
+            return _ByteLevelDecoder(self._text_bytes)
         return _WindowDecoder(self, prompt_token_ids)
 
 
@@ -202,18 +203,23 @@ class IncrementalDecoder(Protocol):
 
 
 class _ByteLevelDecoder:
-    def __init__(self, table: list[bytes], special_ids: frozenset[int]) -> None:
+    def __init__(self, table: list[bytes]) -> None:
         self._table = table
-        self._special_ids = special_ids
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._half = b""  # the first bytes of a character
 
     def add(self, token_ids: Sequence[int]) -> str:
-        table, special = self._table, self._special_ids
-        data = b"".join([table[t] for t in token_ids if t not in special and 0 <= t < len(table)])
-        return self._utf8.decode(data)
+        table = self._table
+        try:
+            data = self._half + b"".join([table[t] for t in token_ids])
+        except IndexError:  # a model's vocabulary may be larger than its tokenizer's
+            data = self._half + b"".join([table[t] for t in token_ids if t < len(table)])
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._half = data[num_used:]
+        return text
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        half, self._half = self._half, b""
+        return half.decode(errors="replace")
 
 
 class _WindowDecoder:
@@ -389,6 +395,9 @@ class OutputAssembler:
         self.num_cached_tokens = output.num_cached_tokens
         self.num_preemptions = output.num_preemptions
         token_ids, logprobs = output.new_token_ids, output.logprobs
+        if self._stops is None and output.finish_reason is None:
+            self.num_output_tokens += len(token_ids)
+            return OutputDelta(self._decoder.add(token_ids), token_ids, logprobs)
         # The token that ended the output is counted, but is no part of its text.
         with_text = token_ids[:-1] if output.finish_reason == "stop" else token_ids
         if self._stops is None:
