@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pagetier.handler.config import EngineConfig
-from pagetier.handler.errors import PromptTooLong, QueueFull
+from pagetier.handler.errors import QueueFull
 from pagetier.handler.kv_cache_manager import Direction, KVCacheManager, PrefixMatch
 from pagetier.handler.metrics import EngineTotals
 from pagetier.handler.request import (
@@ -73,30 +73,27 @@ class Scheduler:
     # --- arrival and departure ---
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request.
+        """Queue a request; the caller has checked that it can ever fit.
 
         Raises:
-            PromptTooLong: it cannot fit, however long it waits.
             QueueFull: as many wait as may.
         """
-        num_prompt = len(request.prompt_token_ids)
-        if num_prompt >= self.max_model_len:
-            raise PromptTooLong(
-                f"The prompt has {num_prompt} tokens, but the model takes "
-                f"{self.max_model_len} including at least one generated; shorten it.",
-                param="prompt",
-            )
-        num_new = [s.num_preemptions for s in self.waiting].count(0)
-        if num_new >= self.config.max_num_queued_reqs:
+        if not self.has_queue_room:
             raise QueueFull(
-                f"{num_new} requests are waiting already, which is the most allowed "
-                "(max_num_queued_reqs); try again later."
+                f"{self.config.max_num_queued_reqs} requests are waiting already, the most "
+                "that are allowed (max_num_queued_reqs); try again later."
             )
         assert request.request_id not in self._sequences, request.request_id
         sequence = Sequence(request, self._num_arrived)
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=self._order)
+
+    @property
+    def has_queue_room(self) -> bool:
+        """Whether one more request may wait; preempted ones are not counted."""
+        num_new = sum(s.num_preemptions == 0 for s in self.waiting)
+        return num_new < self.config.max_num_queued_reqs
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests in whatever state; unknown ids are fine."""

@@ -1,0 +1,224 @@
+"""The whole engine on real (tiny) models: output equals transformers' own, whatever happens inside.
+
+Every architecture runs under forced preemption with one combination of block size, prefix caching
+and preemption mode, such that all combinations occur; one architecture runs them all.
+"""
+
+import itertools
+import pathlib
+import random
+
+import pytest
+import torch
+from support import tiny_models
+
+from pagetier import LLM, SamplingParams
+from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError, PromptTooLong
+
+NEW_TOKENS = 20
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+COMBINATIONS = list(itertools.product((1, 4, 16, 32), (True, False), ("swap", "recompute", "auto")))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    return request.param
+
+
+def prompts_of(seed: int) -> list[list[int]]:
+    """Prompts of 1 to 26 tokens, some with common prefixes."""
+    rng = random.Random(seed)
+    common = [rng.randrange(2, tiny_models.VOCABULARY) for _ in range(20)]
+    prompts = []
+    for _ in range(7):
+        own = [rng.randrange(2, tiny_models.VOCABULARY) for _ in range(rng.randint(1, 6))]
+        prompts.append(common[: rng.choice([0, 16, 20])] + own)
+    return prompts
+
+
+def expected_tokens(model, prompt: list[int]) -> list[int]:
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def open_llm(folder: pathlib.Path, device: str = "cpu", **settings) -> LLM:
+    settings = {
+        "dtype": "float32",
+        "max_model_len": 48,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 16,
+        "swap_space": 0.01,
+        **settings,
+    }
+    return LLM(model=str(folder), device=device, **settings)
+
+
+def check_exactness(name, folder, device, block_size, enable_prefix_caching, mode) -> None:
+    model = tiny_models.save(name, folder)
+    # Room for two and a half of the longest sequences.
+    with open_llm(
+        folder,
+        device,
+        block_size=block_size,
+        enable_prefix_caching=enable_prefix_caching,
+        preemption_mode=mode,
+        num_gpu_blocks_override=max(96 // block_size, 3),
+    ) as llm:
+        prompts = prompts_of(seed=13)
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert output.outputs[0].token_ids == expected_tokens(model, prompt)
+        stats = llm.stats()
+        assert stats["num_preemptions"] > 0
+        if mode == "swap":
+            assert stats["num_preemptions_swap"] == stats["num_preemptions"]
+        if mode == "recompute":
+            assert stats["num_preemptions_swap"] == 0
+        assert stats["num_gpu_blocks_free"] == stats["num_gpu_blocks"]
+        assert stats["num_cpu_blocks_free"] == stats["num_cpu_blocks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "combination"),
+    [(n, COMBINATIONS[i % len(COMBINATIONS)]) for i, n in enumerate(sorted(tiny_models.EXACT))],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_tokens_equal_transformers_for_every_architecture_under_preemption(
+    name, combination, tmp_path, device
+):
+    check_exactness(name, tmp_path, device, *combination)
+
+
+@pytest.mark.parametrize(
+    "combination", COMBINATIONS, ids=lambda combination: "-".join(map(str, combination))
+)
+def test_tokens_equal_transformers_for_every_combination(combination, tmp_path, device):
+    check_exactness("llama", tmp_path, device, *combination)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_models.save("llama", folder)
+    return folder
+
+
+def test_swap_brings_back_equal_bytes_and_the_sampled_tokens(llama):
+    """Seeded sampling: positions and random state survive a swap, or the tokens would differ."""
+    params = [
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=i, max_tokens=14)
+        for i in range(7)
+    ]
+    prompts = prompts_of(seed=5)
+    with open_llm(llama, num_gpu_blocks_override=200) as llm:
+        calm = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.stats()["num_preemptions"] == 0
+    with open_llm(
+        llama, num_gpu_blocks_override=6, preemption_mode="swap", enable_prefix_caching=False
+    ) as llm:
+        pressed = llm.generate(prompts, params, use_tqdm=False)
+        stats = llm.stats()
+    assert stats["num_preemptions_swap"] > 0
+    # Nothing was computed a second time: the keys and values that came back were used.
+    assert stats["num_recomputed_tokens"] == 0
+    assert [o.outputs[0].token_ids for o in calm] == [o.outputs[0].token_ids for o in pressed]
+
+
+def test_seeded_tokens_do_not_depend_on_the_batch(llama):
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=10)
+    prompts = prompts_of(seed=1)
+    with open_llm(llama) as llm:
+        together = llm.generate(prompts, params, use_tqdm=False)
+        alone = [llm.generate(p, params, use_tqdm=False)[0] for p in prompts]
+    assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+    assert len({tuple(o.outputs[0].token_ids) for o in together}) > 1
+
+
+def test_logprobs_are_those_of_transformers(llama):
+    model = tiny_models.build("llama")
+    prompt = prompts_of(seed=2)[0]
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=3)
+    with open_llm(llama) as llm:
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    tokens = output.outputs[0].token_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+    for i, entry in enumerate(output.outputs[0].logprobs):
+        expected = logits[len(prompt) - 1 + i]
+        assert entry.token_id == tokens[i]
+        assert entry.logprob == pytest.approx(expected[tokens[i]].item(), abs=1e-4)
+        assert entry.top_token_ids == expected.topk(3).indices.tolist()
+        assert entry.top_logprobs == pytest.approx(expected.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_stop_token_ends_the_output_and_is_named(llama):
+    prompt = prompts_of(seed=3)[1]
+    with open_llm(llama) as llm:
+        (free,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+        stop = free.outputs[0].token_ids[3]
+        params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, stop_token_ids=[stop])
+        (output,) = llm.generate(prompt, params, use_tqdm=False)
+    first = free.outputs[0].token_ids.index(stop)
+    assert output.outputs[0].token_ids == free.outputs[0].token_ids[: first + 1]
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason == stop
+
+
+def test_outputs_keep_the_order_of_more_prompts_than_may_wait(llama):
+    prompts = [[2 + i % 100, 5, 9] for i in range(30)]
+    with open_llm(llama, max_num_queued_reqs=2) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+    assert [o.prompt_token_ids for o in outputs] == prompts
+    assert all(len(o.outputs[0].token_ids) == 2 for o in outputs)
+
+
+def test_second_call_finds_the_prefix_cached(llama):
+    prompt = prompts_of(seed=4)[0] * 30
+    with open_llm(llama, block_size=4) as llm:
+        first = llm.generate(prompt[:30], GREEDY, use_tqdm=False)[0]
+        second = llm.generate(prompt[:30], GREEDY, use_tqdm=False)[0]
+    assert first.num_cached_tokens == 0
+    assert second.num_cached_tokens == 28
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+
+
+def test_wrong_calls_are_told_in_a_sentence_and_harm_nothing(llama):
+    with open_llm(llama) as llm:
+        with pytest.raises(PromptTooLong, match=r"50 tokens.* 48 "):
+            llm.generate([[3], [2] * 50], GREEDY, use_tqdm=False)
+        with pytest.raises(InvalidRequest, match="2 prompts but 1"):
+            llm.generate([[3], [4]], [GREEDY], use_tqdm=False)
+        with pytest.raises(ModelError, match="tokenizer"):
+            llm.generate("text", GREEDY, use_tqdm=False)
+        with pytest.raises(InvalidRequest, match="temperature must be"):
+            SamplingParams(temperature=-1)
+        assert len(llm.generate([[3]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_model_len": 500}, "model was made for 128"),
+        ({"num_gpu_blocks_override": 2, "block_size": 4}, "room for 8 tokens"),
+        ({"blocksize": 4}, "Did you mean 'block_size'"),
+    ],
+)
+def test_impossible_settings_are_refused_at_start(llama, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        open_llm(llama, **settings)
+
+
+def test_dummy_weights_need_only_a_config(tmp_path):
+    tiny_models.configuration("llama").save_pretrained(tmp_path)
+    with open_llm(tmp_path, load_format="dummy") as llm:
+        (output,) = llm.generate([[5, 6]], GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == NEW_TOKENS
