@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _PROMPT_WINDOW = 5
 # A character has at most four bytes, so at most three tokens of a window can be half of one.
 _MAX_HELD_TOKENS = 3
+# Text with more characters a token than this is rare; with less, there is nothing to look into.
+_USUAL_TOKEN_CHARACTERS = 8
+_SLICE_CHARACTERS = 16384
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -38,7 +41,6 @@ class Tokenizer:
 
     Attributes:
         eos_token_id: the tokenizer's own end of sequence, or None.
-        max_token_bytes: most bytes of text that one token stands for.
     """
 
     def __init__(self, tokenizer: Any, *, chat_template: str | None = None) -> None:
@@ -64,7 +66,6 @@ class Tokenizer:
         self._chat_template = chat_template
         self.eos_token_id: int | None = tokenizer.eos_token_id
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        self.max_token_bytes = max((len(t.encode()) for t in vocabulary), default=1)
         # Of byte-level tokenizers: what each token is, and what is shown of it.
         self._token_bytes: list[bytes] | None = None
         self._text_bytes: list[bytes] = []
@@ -114,29 +115,38 @@ class Tokenizer:
         Args:
             text: what to encode.
             add_special_tokens: put around it what the model expects, such as a first token.
-            max_tokens: a text that has surely more tokens than this is not encoded at all.
+            max_tokens: a text that has far more tokens than this is not encoded to its end.
 
         Raises:
             InvalidRequest: the text holds half of a surrogate pair, so it is not Unicode text.
-            PromptTooLong: it has surely more than ``max_tokens`` tokens.
+            PromptTooLong: it has far more than ``max_tokens`` tokens; a little more is not checked.
         """
         try:
-            num_bytes = len(text.encode())
+            text.encode()
         except UnicodeEncodeError:
             raise InvalidRequest(
                 "The prompt is not valid Unicode text: it holds half of a surrogate pair.",
                 param="prompt",
             ) from None
-        # Encoding a huge text takes seconds, in which nobody else would be served.
-        if max_tokens is not None and num_bytes > max_tokens * self.max_token_bytes:
-            num_least = -(-num_bytes // self.max_token_bytes)
-            raise PromptTooLong(
-                f"The prompt has {num_least} tokens or more, but at most {max_tokens} fit; "
-                "shorten it.",
-                param="prompt",
-            )
+        if max_tokens is not None and len(text) > _USUAL_TOKEN_CHARACTERS * max_tokens:
+            self._refuse_if_far_too_long(text, max_tokens)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def _refuse_if_far_too_long(self, text: str, max_tokens: int) -> None:
+        """Encode in slices until it is clear, since a huge text would take seconds as a whole."""
+        num_tokens = 0
+        for start in range(0, len(text), _SLICE_CHARACTERS):
+            piece = text[start : start + _SLICE_CHARACTERS]
+            num_tokens += len(self._backend.encode(piece, add_special_tokens=False).ids)
+            # Each cut may have made a token or two more, so "a little more" proves nothing.
+            if num_tokens > 1.25 * max_tokens:
+                about = num_tokens * len(text) // (start + len(piece))
+                raise PromptTooLong(
+                    f"The prompt has about {about} tokens, but this model takes at most "
+                    f"{max_tokens}; shorten the prompt.",
+                    param="prompt",
+                )
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The chat as one text that ends where the assistant's answer begins.
