@@ -5,6 +5,7 @@ either of them does. The only module that knows how ``ts`` calls a handler; the 
 are kept by ``pump``, the shapes of bodies by ``openai_api``.
 """
 
+import atexit
 import logging
 import os
 import select
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 _TELL_SECONDS = 0.8
 _FLUSH_SECONDS = 0.1
 _WATCH_SECONDS = 0.1
+# How long after its connections a dying frontend may still be seen.
+_PARENT_SECONDS = 0.5
 
 
 class PagetierHandler:
@@ -195,8 +198,11 @@ def _watch_parent() -> None:
     """
     parent = os.pidfd_open(os.getppid())
 
-    def watch() -> None:
-        select.select([parent], [], [])
-        os._exit(0)
+    def end_with_parent(timeout: float | None = None) -> None:
+        if select.select([parent], [], [], timeout)[0]:
+            os._exit(0)
 
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="watch-parent", daemon=True).start()
+    # The main thread may be the first to see the frontend's end, and returns from ``ts``. Taking
+    # the interpreter apart would then take seconds, in which the thread above does not run.
+    atexit.register(end_with_parent, _PARENT_SECONDS)

@@ -1,5 +1,7 @@
 """Nothing of ours outlives a killed frontend."""
 
+import contextlib
+
 import psutil
 import pytest
 from support.live import complete, live_server, wait_for
@@ -10,16 +12,18 @@ pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 def test_killed_frontend_takes_handler_and_engine_along(tmp_path):
     with live_server(tmp_path) as server:
         frontend = psutil.Process(server.server.pid)
-        family = [frontend, server.worker(), server.engine()]
+        family = {"frontend": frontend, "handler": server.worker(), "engine": server.engine()}
         stream = complete(server.client, "Return the", max_tokens=400, stream=True)
         next(stream)
         frontend.kill()
-        wait_for(
-            lambda: not any(_runs(process) for process in family),
-            2.0,
-            "a process outlived the frontend",
-        )
+
+        def left():
+            return [name for name, process in family.items() if _runs(process)]
+
+        wait_for(lambda: not left(), 2.0, lambda: f"{left()} outlived the frontend")
 
 
 def _runs(process):
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -90,10 +90,14 @@ def complete(client: openai.OpenAI, prompt: str, **options: Any) -> Any:
     return client.completions.create(model=NAME, prompt=prompt, **options)
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float, otherwise: str) -> float:
+def wait_for(
+    condition: Callable[[], bool], timeout_s: float, otherwise: str | Callable[[], str]
+) -> float:
     """Seconds until ``condition`` held; fails with ``otherwise`` after ``timeout_s``."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < timeout_s, f"{otherwise} within {timeout_s} s"
+        if time.monotonic() - start > timeout_s:
+            reason = otherwise if isinstance(otherwise, str) else otherwise()
+            raise AssertionError(f"{reason} within {timeout_s} s")
         time.sleep(0.02)
     return time.monotonic() - start
