@@ -309,6 +309,7 @@ def _trial_run(hf_config: Any, trust_remote_code: bool) -> dict[int, AttentionLa
                 dtype=torch.bfloat16,
                 trust_remote_code=trust_remote_code,
             ).eval()
+            _pin_longrope(model, 1)
             tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
             model(
                 input_ids=tokens,

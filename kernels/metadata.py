@@ -10,6 +10,7 @@ never has to ask the device for a number.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,7 @@ class AttentionMetadata:
         num_prefills: sequences with more than one.
         max_query_len: most new tokens of a sequence.
         max_seq_len: longest sequence.
+        shared: what an implementation works out in the first layer and keeps for the others.
     """
 
     block_tables: torch.Tensor
@@ -100,6 +102,7 @@ class AttentionMetadata:
     num_prefills: int
     max_query_len: int
     max_seq_len: int
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(

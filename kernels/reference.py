@@ -10,7 +10,8 @@ Layout. A layer's ``k_cache`` is ``(blocks, kv_heads, block_size, head_dim)`` an
 position, padded to whole blocks.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -54,132 +55,152 @@ def paged_attention(
         ``out``, of ``q``'s dtype unless it was given. Rows of padding, and of tokens beyond the
         last sequence, are zero.
     """
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, head_dim = q.shape
     kv_heads, block_size, value_dim = v_cache.shape[1:]
     if out is None:
         out = q.new_empty(num_tokens, num_heads, value_dim)
     if metadata.num_tokens < num_tokens:
         out[metadata.num_tokens :] = 0
-    per_kv_head = num_heads // kv_heads
-    grouped_sinks = None if sinks is None else sinks.float().view(kv_heads, per_kv_head)
-    for group in metadata.query_groups:
-        # Contexts are padded to the group's longest; at least one block keeps shapes non-empty.
-        num_blocks = max(1, -(-group.max_seq_len // block_size))
-        context = num_blocks * block_size
-        gathered_per_sequence = kv_heads * context * max(q.shape[-1], value_dim)
-        scores_per_query = num_heads * context
-        sequences_at_once = max(
-            1,
-            min(
-                _MAX_GATHERED_ELEMENTS // gathered_per_sequence,
-                _MAX_SCORE_ELEMENTS // (scores_per_query * group.query_len),
-            ),
-        )
-        queries_at_once = max(1, _MAX_SCORE_ELEMENTS // (scores_per_query * sequences_at_once))
-        for first in range(0, group.sequences.shape[0], sequences_at_once):
-            sequences = group.sequences[first : first + sequences_at_once]
-            group_tokens = group.tokens[first : first + sequences_at_once]
-            seq_lens = metadata.seq_lens[sequences].long()
-            tables = metadata.block_tables[sequences, :num_blocks]
-            keys, values = _gather_context(
-                k_cache, v_cache, tables, seq_lens, group.query_len, window
-            )
-            for start in range(0, group.query_len, queries_at_once):
-                tokens = group_tokens[:, start : start + queries_at_once]
-                # A sequence's new tokens are its last ones.
-                query_positions = (
-                    seq_lens[:, None]
-                    - group.query_len
-                    + torch.arange(start, start + tokens.shape[1], device=q.device)
-                )
-                mixed = _attend(
-                    q[tokens],
-                    keys,
-                    values,
-                    query_positions,
-                    scale=scale,
-                    window=window,
-                    softcap=softcap,
-                    grouped_sinks=grouped_sinks,
-                )
-                out[tokens] = mixed.to(out.dtype)
+    grouped_sinks = None if sinks is None else sinks.float().view(1, kv_heads, -1, 1, 1)
+    key = (block_size, window, num_heads, kv_heads, max(head_dim, value_dim))
+    if key not in metadata.shared:
+        metadata.shared[key] = list(_plan(metadata, *key))
+    for context in metadata.shared[key]:
+        keys = _gather(k_cache, context)
+        values = _gather(v_cache, context)
+        for piece in context.pieces:
+            mixed = _attend(q[piece.tokens], keys, values, piece, scale, softcap, grouped_sinks)
+            out[piece.tokens] = mixed.to(out.dtype)
     return out
 
 
-def _gather_context(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_len: int,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each sequence's context, fp32, zero where nobody may look.
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Queries that one product serves.
 
-    Returns keys ``(sequences, kv_heads, context, head_dim)`` and values likewise.
+    Attributes:
+        tokens: where they are in the batch, int64 ``(sequences, queries)``.
+        hidden: positions that each does not see, ``(sequences, 1, 1, queries, context)``.
     """
-    num_sequences, num_blocks = tables.shape
-    kv_heads, block_size = k_cache.shape[1:3]
-    positions = torch.arange(num_blocks * block_size, device=k_cache.device)
-    readable = positions < seq_lens[:, None]
-    if window:
-        readable &= positions > (seq_lens - query_len - window)[:, None]
-    # A block without a readable slot may have any id, or be somebody else's: look at block 0.
-    holds_readable = readable.view(num_sequences, num_blocks, block_size).any(-1)
-    block_ids = torch.where(holds_readable, tables, 0).long()[:, None]
-    heads = torch.arange(kv_heads, device=k_cache.device)[:, None]
-    gathered = []
-    for cache in (k_cache, v_cache):
-        # Indexing heads too puts them before the blocks in the same copy.
-        context = cache[block_ids, heads].flatten(2, 3).float()
-        # Unwritten slots may hold NaN, and 0 * NaN is NaN: a weight of 0 would not do.
-        gathered.append(context.masked_fill_(~readable[:, None, :, None], 0.0))
-    return gathered[0], gathered[1]
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """Contexts that are gathered together, and the queries that look at them.
+
+    Attributes:
+        block_ids: ``(sequences, 1, blocks)``.
+        heads: all KV heads, ``(kv_heads, 1)``.
+        unreadable: slots that nobody may look at, ``(sequences, 1, context, 1)``.
+        pieces: one after the other.
+    """
+
+    block_ids: torch.Tensor
+    heads: torch.Tensor
+    unreadable: torch.Tensor
+    pieces: list[_Piece]
+
+
+def _plan(
+    metadata: AttentionMetadata,
+    block_size: int,
+    window: int,
+    num_heads: int,
+    kv_heads: int,
+    width: int,
+) -> Iterator[_Context]:
+    """Divide a step into products of bounded size; ``width`` is the larger of key and value."""
+    device = metadata.seq_lens.device
+    heads = torch.arange(kv_heads, device=device)[:, None]
+    for group in metadata.query_groups:
+        # Contexts are padded to the group's longest; at least one block keeps shapes non-empty.
+        num_blocks = max(1, -(-group.max_seq_len // block_size))
+        length = num_blocks * block_size
+        scores_per_query = num_heads * length
+        sequences_at_once = min(
+            _MAX_GATHERED_ELEMENTS // (kv_heads * length * width),
+            _MAX_SCORE_ELEMENTS // (scores_per_query * group.query_len),
+        )
+        sequences_at_once = max(1, sequences_at_once)
+        queries_at_once = max(1, _MAX_SCORE_ELEMENTS // (scores_per_query * sequences_at_once))
+        positions = torch.arange(length, device=device)
+        for first in range(0, group.sequences.shape[0], sequences_at_once):
+            sequences = group.sequences[first : first + sequences_at_once]
+            tokens = group.tokens[first : first + sequences_at_once]
+            seq_lens = metadata.seq_lens[sequences].long()[:, None]
+            readable = positions < seq_lens
+            if window:
+                readable &= positions > seq_lens - group.query_len - window
+            # A block without a readable slot may have any id, or be somebody else's: block 0 then.
+            holds_readable = readable.view(-1, num_blocks, block_size).any(-1)
+            tables = metadata.block_tables[sequences, :num_blocks]
+            pieces = []
+            for start in range(0, group.query_len, queries_at_once):
+                own = tokens[:, start : start + queries_at_once]
+                # A sequence's new tokens are its last ones.
+                steps = torch.arange(start, start + own.shape[1], device=device)
+                query_positions = (seq_lens - group.query_len + steps)[..., None]
+                hidden = positions > query_positions
+                if window:
+                    hidden |= positions <= query_positions - window
+                pieces.append(_Piece(own, hidden[:, None, None]))
+            yield _Context(
+                block_ids=torch.where(holds_readable, tables, 0).long()[:, None],
+                heads=heads,
+                unreadable=~readable[:, None, :, None],
+                pieces=pieces,
+            )
+
+
+def _gather(cache: torch.Tensor, context: _Context) -> torch.Tensor:
+    """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``.
+
+    They are zero where nobody may look: unwritten slots may hold NaN, and a weight of 0 would not
+    do, since 0 * NaN is NaN.
+    """
+    # Indexing heads too puts them before the blocks in the same copy.
+    gathered = cache[context.block_ids, context.heads].flatten(2, 3).float()
+    return gathered.masked_fill_(context.unreadable, 0.0)
 
 
 def _attend(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    query_positions: torch.Tensor,
-    *,
+    piece: _Piece,
     scale: float,
-    window: int,
     softcap: float,
     grouped_sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over gathered contexts; the shapes are those of ``_gather_context``.
+    """Attention of a piece over its gathered contexts.
 
-    ``q`` is ``(sequences, queries, heads, head_dim)``, ``query_positions`` is
-    ``(sequences, queries)`` and ``grouped_sinks`` ``(kv_heads, heads per kv head)``; returns
-    ``(sequences, queries, heads, v_dim)`` in fp32.
+    ``q`` is ``(sequences, queries, heads, head_dim)``, ``grouped_sinks``
+    ``(1, kv_heads, heads per KV head, 1, 1)``; returns ``(sequences, queries, heads, v_dim)`` in
+    fp32.
     """
     num_sequences, num_queries, num_heads, head_dim = q.shape
-    kv_heads, context = keys.shape[1:3]
-    per_kv_head = num_heads // kv_heads
-    grouped = (num_sequences, kv_heads, per_kv_head, num_queries)
-    by_kv_head = q.float().view(num_sequences, num_queries, kv_heads, per_kv_head, head_dim)
+    kv_heads, length = keys.shape[1:3]
+    grouped = (num_sequences, kv_heads, num_heads // kv_heads, num_queries)
+    by_kv_head = q.float().view(num_sequences, num_queries, kv_heads, -1, head_dim)
     # The heads that share a KV head become rows of one product.
     q_rows = by_kv_head.permute(0, 2, 3, 1, 4).reshape(num_sequences, kv_heads, -1, head_dim)
-    scores = (q_rows @ keys.transpose(-1, -2) * scale).view(*grouped, context)
+    scores = (q_rows * scale @ keys.transpose(-1, -2)).view(*grouped, length)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    positions = torch.arange(context, device=q.device)
-    visible = positions <= query_positions[..., None]
-    if window:
-        visible &= positions > query_positions[..., None] - window
-    scores = scores.masked_fill_(~visible[:, None, None], float("-inf"))
-    highest = scores.amax(-1, keepdim=True)
-    if grouped_sinks is not None:
-        highest = torch.maximum(highest, grouped_sinks[None, :, :, None, None])
+    scores = scores.masked_fill_(piece.hidden, float("-inf"))
     # A padding row sees nothing: its weights must come out 0, not exp(-inf - -inf).
-    highest = highest.masked_fill(highest == float("-inf"), 0.0)
-    weights = (scores - highest).exp_()
+    highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    if grouped_sinks is not None:
+        highest = torch.maximum(highest, grouped_sinks)
+    weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
     if grouped_sinks is not None:
-        total += (grouped_sinks[None, :, :, None, None] - highest).exp()
+        total += (grouped_sinks - highest).exp()
     weights /= total.clamp_min(torch.finfo(torch.float32).tiny)
-    mixed = weights.view(num_sequences, kv_heads, -1, context) @ values
+    mixed = weights.view(num_sequences, kv_heads, -1, length) @ values
     mixed = mixed.view(*grouped, -1).permute(0, 3, 1, 2, 4)
     return mixed.reshape(num_sequences, num_queries, num_heads, -1)
 

@@ -24,6 +24,9 @@ from pagetier.handler.model_loader import (
 )
 from pagetier.offload.tiers import LayerKV
 
+# transformers 5.17 compiles a function of GPT-BigCode in a way that torch 2.13 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
 
 def load(folder: pathlib.Path, **settings: Any) -> LoadedModel:
     return load_model(EngineConfig.create({"model": str(folder), "device": "cpu", **settings}))

@@ -24,6 +24,9 @@ NEW_TOKENS = 8
 PROMPT_LENGTHS = (5, 13, 1, 22)
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
+# transformers 5.17 compiles a function of GPT-BigCode in a way that torch 2.13 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -34,10 +37,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def load(folder: pathlib.Path, name: str, device: str = "cpu", **changes: Any) -> LoadedModel:
+def load(
+    folder: pathlib.Path, name: str, device: str = "cpu", dtype: str = "float32"
+) -> LoadedModel:
     """A tiny model, by way of its files."""
-    tiny_models.save(name, folder, **changes)
-    config = EngineConfig.create({"model": str(folder), "device": device, "dtype": "float32"})
+    tiny_models.save(name, folder)
+    config = EngineConfig.create({"model": str(folder), "device": device, "dtype": dtype})
     return load_model(config)
 
 
@@ -194,7 +199,9 @@ def test_longrope_does_not_depend_on_what_shares_the_batch(tmp_path: pathlib.Pat
     tiny_models.save("phi3", tmp_path, **changes)
     reference = tiny_models.build("phi3", **changes)
     for max_model_len, lengths in ((16, (5, 8)), (64, (25, 18))):
-        config = EngineConfig.create({"model": str(tmp_path), "max_model_len": max_model_len})
+        config = EngineConfig.create(
+            {"model": str(tmp_path), "device": "cpu", "max_model_len": max_model_len}
+        )
         driver = Driver(load_model(config))
         sequences = [driver.add(prompt) for prompt in prompts(lengths)]
         driver.finish(sequences)
@@ -356,10 +363,13 @@ def test_profiled_peak_covers_the_largest_steps(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_asks_the_gpu_for_nothing(tmp_path: pathlib.Path) -> None:
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("name", tiny_models.EXACT)
+def test_a_step_asks_the_gpu_for_nothing(name: str, tmp_path: pathlib.Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    driver = Driver(load(tmp_path, "llama", "cuda"))
+    # In 16 bits, as usual there: torch multiplies by experts in fp32 one by one, and asks how many.
+    driver = Driver(load(tmp_path, name, "cuda", "bfloat16"))
     params = [GREEDY, SamplingParams(temperature=0.7, top_p=0.9, top_k=9, seed=1, logprobs=2)] * 2
     sequences = [driver.add(p, s) for p, s in zip(prompts(), params, strict=True)]
     plan = driver.plan([driver.share(s, s.num_tokens) for s in sequences])

@@ -163,6 +163,16 @@ def test_window_sees_its_last_positions_only(window: int, device: str) -> None:
     check(make_batch(MIXED, window=window, device=device), window=window)
 
 
+def test_layers_with_other_windows_and_sizes_share_metadata() -> None:
+    # NaN only where no layer looks; what one layer worked out must not serve another's shape.
+    wide = make_batch(MIXED)
+    for other in (make_batch(MIXED, kv_heads=4), make_batch(MIXED, heads=6, head_dim=4)):
+        other.metadata = dataclasses.replace(wide.metadata, shared=wide.metadata.shared)
+        for window in (0, 3, 9):
+            check(wide, window=window)
+            check(other, window=window)
+
+
 def test_softcap_bounds_scores(device: str) -> None:
     check(make_batch(MIXED, device=device), softcap=0.7)
 
@@ -204,9 +214,10 @@ def test_an_empty_batch_is_fine() -> None:
 
 
 def test_attention_in_small_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch([(1, 30), (1, 9), (1, 22), (9, 30), (9, 12)])
-    arguments = (batch.q, batch.k_cache, batch.v_cache, batch.metadata)
-    whole = paged_attention(*arguments, scale=0.3)
+    lens = [(1, 30), (1, 9), (1, 22), (9, 30), (9, 12)]
+    batch = make_batch(lens)
+    arguments = (batch.q, batch.k_cache, batch.v_cache)
+    whole = paged_attention(*arguments, batch.metadata, scale=0.3)
     monkeypatch.setattr(reference, "_MAX_GATHERED_ELEMENTS", 600)
     monkeypatch.setattr(reference, "_MAX_SCORE_ELEMENTS", 500)
     calls = []
@@ -214,7 +225,8 @@ def test_attention_in_small_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         reference, "_attend", lambda *a, **k: calls.append(a[0].shape[:2]) or attend(*a, **k)
     )
-    torch.testing.assert_close(paged_attention(*arguments, scale=0.3), whole)
+    pieces = paged_attention(*arguments, make_batch(lens).metadata, scale=0.3)
+    torch.testing.assert_close(pieces, whole)
     assert len(calls) > 4  # it was in pieces, of sequences and of queries
     assert any(num_queries not in (1, 9) for _, num_queries in calls)
 
