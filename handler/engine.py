@@ -8,7 +8,7 @@ tokenisers and texts. An ordinary object: the engine process and the offline ``L
 import logging
 from typing import Any
 
-from pagetier.handler.errors import InvalidRequest
+from pagetier.handler.errors import InvalidRequest, PromptTooLong
 from pagetier.handler.kv_cache_manager import Direction
 from pagetier.handler.request import AddRequest, RequestOutput
 from pagetier.handler.scheduler import Scheduler
@@ -61,6 +61,11 @@ class EngineCore:
             PromptTooLong: it cannot fit, however long it waits.
             QueueFull: as many wait as may.
         """
+        self.check_request(request)
+        self.scheduler.add(request)
+
+    def check_request(self, request: AddRequest) -> None:
+        """Raise what ``add_request`` would raise of a request that can never be served."""
         token_ids = request.prompt_token_ids
         if not token_ids:
             raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
@@ -71,7 +76,12 @@ class EngineCore:
                 f"{self.vocab_size - 1}.",
                 param="prompt",
             )
-        self.scheduler.add(request)
+        if len(token_ids) >= self.max_model_len:
+            raise PromptTooLong(
+                f"The prompt has {len(token_ids)} tokens, but the model takes "
+                f"{self.max_model_len} including at least one generated; shorten it.",
+                param="prompt",
+            )
 
     def abort(self, request_ids: list[str]) -> None:
         """End these requests and free what they hold; unknown ids are fine."""

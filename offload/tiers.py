@@ -58,9 +58,12 @@ class KVLayout:
                 offsets.append(math.ceil(end / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
         return offsets
 
-    def allocate(self, num_blocks: int, device: torch.device | str) -> torch.Tensor:
-        """Pages of a tier, uint8 ``[num_blocks, block_bytes]``, zeroed (and so touched)."""
-        return torch.zeros(num_blocks, self.block_bytes, dtype=torch.uint8, device=device)
+    def allocate(
+        self, num_blocks: int, device: torch.device | str, *, touch: bool = True
+    ) -> torch.Tensor:
+        """Pages of a tier, uint8 ``[num_blocks, block_bytes]``: zeroed if ``touch``, else as is."""
+        make = torch.zeros if touch else torch.empty
+        return make((num_blocks, self.block_bytes), dtype=torch.uint8, device=device)
 
     def views(self, pages: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's ``k_cache`` and ``v_cache`` in ``pages``, sharing their memory.

@@ -152,7 +152,10 @@ class CudaLink:
     def __init__(self, gpu_pages: torch.Tensor, cpu_pages: torch.Tensor) -> None:
         self._gpu_pages = gpu_pages
         self._cpu_pages = cpu_pages
-        self._streams = {to_cpu: torch.cuda.Stream(gpu_pages.device) for to_cpu in (True, False)}
+        self._streams = {
+            to_cpu: torch.cuda.Stream(gpu_pages.device)  # type: ignore[no-untyped-call]
+            for to_cpu in (True, False)
+        }
         self._under_way: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._failed: list[Completion] = []
 
@@ -163,8 +166,8 @@ class CudaLink:
         stream = self._streams[to_cpu]
         pair = (self._gpu_pages, self._cpu_pages)
         source, destination = pair if to_cpu else pair[::-1]
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         try:
             if after is not None:
                 stream.wait_event(after)
@@ -182,7 +185,7 @@ class CudaLink:
         completions, self._failed = self._failed, []
         still_under_way = []
         for transfer_id, start, end in self._under_way:
-            if end.query():
+            if end.query():  # type: ignore[no-untyped-call]
                 seconds = start.elapsed_time(end) / 1e3
                 completions.append(Completion(transfer_id, None, seconds))
             else:

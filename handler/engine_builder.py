@@ -1,0 +1,221 @@
+"""Builds an engine from its settings: loads the model, sizes the tiers, measures, and wires.
+
+Owns the order of start-up and what depends on model and device together: how long sequences may
+be, how many blocks each tier has, and what swapping costs. Knows nothing of serving.
+"""
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from pagetier.handler.config import EngineConfig
+from pagetier.handler.engine import EngineCore
+from pagetier.handler.errors import ConfigError
+from pagetier.handler.kv_cache_manager import KVCacheManager
+from pagetier.handler.model_loader import LoadedModel, load_model
+from pagetier.handler.model_runner import ModelRunner
+from pagetier.handler.request import AddRequest, SamplingParams, Sequence
+from pagetier.handler.scheduler import Scheduler
+from pagetier.handler.step import ScheduledSequence, StepPlan
+from pagetier.offload import host_memory
+from pagetier.offload.calibrate import measure_link, measure_prefill
+from pagetier.offload.cost_model import CostModel
+from pagetier.offload.tiers import KVLayout
+from pagetier.offload.transfer import Link, make_link
+
+logger = logging.getLogger(__name__)
+
+# On a machine without a GPU the first tier lies in host memory too, and takes at most this share.
+_HOST_SHARE_OF_FIRST_TIER = 0.4
+_MAX_CALIBRATION_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the tiers and sequences may hold."""
+
+    num_gpu_blocks: int
+    max_model_len: int
+
+
+def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> EngineCore:
+    """Load, size, measure, and return an engine that is ready to serve.
+
+    Args:
+        config: all settings.
+        progress: called with a short line as each phase begins.
+
+    Raises:
+        ModelError: the model cannot be read or is not supported.
+        ConfigError: a setting does not fit the model or the device.
+    """
+    say = progress or (lambda message: logger.info("%s", message))
+    start = time.perf_counter()
+    model = load_model(config, say)
+    layout = KVLayout(model.kv_layers, config.block_size, model.dtype)
+
+    say("Sizing the KV cache")
+    sizes = _size_tiers(config, model, layout)
+    gpu_pages = layout.allocate(
+        sizes.num_gpu_blocks, model.device, touch=model.device.type == "cuda"
+    )
+    num_cpu_blocks = int(config.swap_space * 2**30) // layout.block_bytes
+    host = host_memory.allocate_cpu_tier(layout, num_cpu_blocks, pin=gpu_pages.is_cuda)
+    num_cpu_blocks = host.pages.shape[0]
+
+    runner = ModelRunner(
+        model,
+        gpu_pages,
+        layout,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+    )
+    link = make_link(gpu_pages, host.pages)
+    say("Measuring what swapping and recomputing cost")
+    cost_model = _calibrate(config, model, layout, sizes, runner, link, num_cpu_blocks)
+
+    # Keys and values depend on the model, how they are stored, and nothing else but tokens.
+    salt = f"{model.fingerprint}:{model.dtype}:{layout}".encode()
+    manager = KVCacheManager(
+        sizes.num_gpu_blocks,
+        num_cpu_blocks,
+        config.block_size,
+        salt=salt,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    info = {
+        "model": config.served_model_name or config.model,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_model_len": sizes.max_model_len,
+        "block_size": config.block_size,
+        "kv_block_bytes": layout.block_bytes,
+        "kv_token_bytes": layout.token_bytes,
+        "host_memory_rung": host.rung,
+        "link_bytes_per_second": cost_model.link_bytes_per_second,
+        "prefill_flops_per_second": cost_model.flops_per_second,
+        "startup_seconds": time.perf_counter() - start,
+    }
+    say(
+        f"KV cache: {sizes.num_gpu_blocks} blocks of {config.block_size} tokens on "
+        f"{model.device.type} ({_gib(sizes.num_gpu_blocks * layout.block_bytes)}), "
+        f"{num_cpu_blocks} in host memory ({_gib(num_cpu_blocks * layout.block_bytes)}, "
+        f"{host.rung}); sequences of up to {sizes.max_model_len} tokens"
+    )
+    return EngineCore(
+        Scheduler(config, manager, cost_model, sizes.max_model_len),
+        runner,
+        link,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        info=info,
+    )
+
+
+def _size_tiers(config: EngineConfig, model: LoadedModel, layout: KVLayout) -> _Sizes:
+    """How many blocks the GPU tier has, and how long a sequence may be in them.
+
+    Raises:
+        ConfigError: ``max_model_len`` exceeds the model's, or does not fit into the memory.
+    """
+    if config.max_model_len is not None and config.max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"The setting 'max_model_len' is {config.max_model_len}, but the model was made for "
+            f"{model.max_model_len} tokens; lower it.",
+            param="max_model_len",
+        )
+    max_model_len = config.max_model_len or model.max_model_len
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    elif model.device.type == "cuda":
+        num_blocks = _affordable_cuda_bytes(config, model, layout, max_model_len)
+        num_blocks //= layout.block_bytes
+    else:
+        affordable = int(host_memory.available_bytes() * _HOST_SHARE_OF_FIRST_TIER)
+        num_blocks = min(
+            blocks_per_sequence * config.max_num_seqs, affordable // layout.block_bytes
+        )
+    capacity = num_blocks * config.block_size
+    if capacity < max_model_len:
+        if config.max_model_len is not None or capacity < 2:
+            raise ConfigError(
+                f"The KV cache has room for {max(capacity, 0)} tokens, but one sequence of "
+                f"max_model_len takes {max_model_len}; lower max_model_len, or raise "
+                "gpu_memory_utilization or num_gpu_blocks_override.",
+                param="max_model_len",
+            )
+        logger.warning(
+            "Sequences may have %d tokens instead of the model's %d: that is what the KV cache "
+            "holds.",
+            capacity,
+            max_model_len,
+        )
+        max_model_len = capacity
+    return _Sizes(num_blocks, max_model_len)
+
+
+def _affordable_cuda_bytes(
+    config: EngineConfig, model: LoadedModel, layout: KVLayout, max_model_len: int
+) -> int:
+    """Bytes that the GPU tier may take: the allowed share, less all that is in use at the peak."""
+    runner = ModelRunner(
+        model,
+        layout.allocate(1, model.device),
+        layout,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    peak_bytes = runner.profile_peak_bytes(config.max_num_batched_tokens)
+    runner.close()
+    torch.cuda.empty_cache()
+    free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
+    used_bytes = total_bytes - free_bytes
+    return int(total_bytes * config.gpu_memory_utilization) - used_bytes - peak_bytes
+
+
+def _calibrate(
+    config: EngineConfig,
+    model: LoadedModel,
+    layout: KVLayout,
+    sizes: _Sizes,
+    runner: ModelRunner,
+    link: Link,
+    num_cpu_blocks: int,
+) -> CostModel:
+    """Measure the link and a prefill. The first blocks of both tiers are overwritten."""
+    step_ids = itertools.count()
+
+    def run(num_tokens: int) -> None:
+        request = AddRequest("calibration", [0] * num_tokens, SamplingParams(temperature=0.0))
+        sequence = Sequence(request, arrival=0)
+        sequence.block_tables = [list(range(-(-num_tokens // config.block_size)))]
+        sequence.row = 0
+        share = ScheduledSequence(sequence, 0, num_tokens, samples=True)
+        runner.launch(StepPlan(next(step_ids), [share], [])).collect()
+
+    max_tokens = min(
+        sizes.max_model_len - 1, config.max_num_batched_tokens, _MAX_CALIBRATION_TOKENS
+    )
+    num_tokens, seconds = measure_prefill(run, max_tokens)
+    rate = 1.0  # without a CPU tier nothing is ever copied
+    if num_cpu_blocks:
+        rate = measure_link(link, layout.block_bytes, sizes.num_gpu_blocks, num_cpu_blocks)
+    shape = CostModel(
+        token_bytes=layout.token_bytes,
+        block_bytes=layout.block_bytes,
+        link_bytes_per_second=rate,
+        flops_per_second=1.0,
+        num_parameters=model.num_parameters,
+        attention_dim=sum(layer.heads * layer.kv.key_dim for layer in model.layers),
+    )
+    flops = shape.recompute_seconds(num_tokens)  # at one FLOP per second
+    return dataclasses.replace(shape, flops_per_second=flops / seconds)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
