@@ -90,12 +90,17 @@ def run_demo(model: str, *, num_requests: int, max_tokens: int, port: int | None
     num_needed = num_requests * _blocks_per_request(max_tokens)
     console.print(
         f"{num_requests} requests of {max_tokens} tokens would fill about {num_needed} KV blocks; "
-        f"the GPU tier gets {settings['num_gpu_blocks_override']}."
+        f"the GPU tier gets {settings['num_gpu_blocks_override']}. "
+        "The texts run on past their ends, to fill it.",
+        soft_wrap=True,
     )
     console.print("Starting TorchServe ...")
     start = time.monotonic()
     with TorchServe([archive], port=port or _free_ports()) as server:
-        server.wait_ready(_READY_TIMEOUT_S, lambda line: console.print(f"  {line}", style="dim"))
+        server.wait_ready(
+            _READY_TIMEOUT_S,
+            lambda line: console.print(f"  {line}", style="dim", soft_wrap=True),
+        )
         console.print(f"Ready after {time.monotonic() - start:.1f} s.\n")
         streams, peaks, seconds = _stream_all(
             server, archive.stem, num_requests, max_tokens, console
@@ -250,10 +255,10 @@ class _Display:
     def __init__(self, console: Console, streams: Sequence[Stream]) -> None:
         self._console = console
         self._streams = streams
-        self._shown: set[int] = set()
+        self._num_shown = [0] * len(streams)  # 1: its first text was told, 2: its whole text
         self._live: Live | None = None
         if console.is_terminal:
-            self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
+            self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Callable[[], None]:
         if self._live is not None:
@@ -264,28 +269,36 @@ class _Display:
     def __exit__(self, *exc: object) -> None:
         if self._live is not None:
             self._live.stop()
+            self._console.print(_table(self._streams))
 
     def _redraw(self) -> None:
         assert self._live is not None
-        self._live.update(_table(self._streams), refresh=True)
+        # What is taller than the terminal cannot be redrawn: show the ends of long texts.
+        num_lines = max(1, (self._console.height - 2) // len(self._streams))
+        self._live.update(
+            _table(self._streams, num_lines * (self._console.width - 6)), refresh=True
+        )
 
     def _print_arrived(self) -> None:
         for index, stream in enumerate(self._streams):
-            if stream.first_text_s is not None and index not in self._shown:
-                self._shown.add(index)
+            if self._num_shown[index] == 0 and stream.first_text_s is not None:
+                self._num_shown[index] = 1
                 print(f"[{index}] first text after {stream.first_text_s:.2f} s", flush=True)
-            finished = stream.done or stream.error is not None
-            if finished and ~index not in self._shown:
-                self._shown.add(~index)
+            if self._num_shown[index] < 2 and (stream.done or stream.error is not None):
+                self._num_shown[index] = 2
                 print(f"[{index}] {stream.prompt}{_one_line(stream.text)}", flush=True)
 
 
-def _table(streams: Sequence[Stream]) -> Table:
+def _table(streams: Sequence[Stream], max_characters: int | None = None) -> Table:
+    """All prompts and texts, each cut in front to ``max_characters`` together."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     for index, stream in enumerate(streams):
-        text = Text(stream.prompt, style="bold")
-        text.append(_one_line(stream.text), style="red" if stream.error else "not bold")
-        table.add_row(str(index), text)
+        row = Text(stream.prompt, style="bold")
+        text = _one_line(stream.text)
+        if max_characters is not None and len(stream.prompt) + len(text) > max_characters:
+            text = f" …{text[len(stream.prompt) + 2 - max_characters :]}"
+        row.append(text, style="red" if stream.error else "not bold")
+        table.add_row(str(index), row)
     return table
 
 

@@ -429,7 +429,13 @@ class _StartupLog:
             self._lines.append(line)
             self.failed |= any(mark in line for mark in _WORKER_FAILED)
             found = _WORKER_LINE.search(line)
-            if found and self._handler_has_started and not self.failed:
+            # Lines of loggers, which begin with their names, are for the log.
+            if (
+                found
+                and self._handler_has_started
+                and not self.failed
+                and not found["message"].startswith("pagetier")
+            ):
                 self._on_progress(found["message"])
             self._handler_has_started |= _HANDLER_STARTS.search(line) is not None
 

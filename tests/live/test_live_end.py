@@ -1,10 +1,8 @@
 """Nothing of ours outlives a killed frontend."""
 
-import contextlib
-
 import psutil
 import pytest
-from support.live import complete, live_server, wait_for
+from support.live import complete, live_server, runs, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 
@@ -18,12 +16,6 @@ def test_killed_frontend_takes_handler_and_engine_along(tmp_path):
         frontend.kill()
 
         def left():
-            return [name for name, process in family.items() if _runs(process)]
+            return [name for name, process in family.items() if runs(process)]
 
         wait_for(lambda: not left(), 2.0, lambda: f"{left()} outlived the frontend")
-
-
-def _runs(process):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from support.live import NAME, complete, wait_for
+from support.live import NAME, complete, runs, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 
@@ -198,7 +198,7 @@ def test_killed_handler_takes_its_engine_along_and_comes_back(server):
     next(stream)
     killed = time.monotonic()
     worker.kill()
-    wait_for(lambda: not engine.is_running(), 2.0, "the engine outlived its handler")
+    wait_for(lambda: not runs(engine), 2.0, "the engine outlived its handler")
     with pytest.raises((openai.OpenAIError, OSError)):
         _streamed(stream)
     assert time.monotonic() - killed < 2.0

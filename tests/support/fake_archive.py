@@ -10,6 +10,7 @@ from model_archiver.model_packaging_utils import ModelExportUtils
 ECHO = """
 class EchoHandler:
     def initialize(self, context):
+        print("pagetier.somewhere: for the log", flush=True)
         print("warming up", flush=True)
 
     def handle(self, data, context):

@@ -101,3 +101,10 @@ def wait_for(
             raise AssertionError(f"{reason} within {timeout_s} s")
         time.sleep(0.02)
     return time.monotonic() - start
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended; one that waits to be collected has."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
