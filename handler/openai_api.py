@@ -133,6 +133,11 @@ def error_body(error: EngineError) -> bytes:
     })  # fmt: skip
 
 
+def error_event(error: EngineError) -> bytes:
+    """``error`` as the end of a stream."""
+    return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
+
+
 class OpenAIApi:
     """Parses requests to one served model and makes their responses.
 
@@ -521,7 +526,7 @@ class Response:
     def error_events(self, error: EngineError) -> bytes:
         """The end of a stream that fails: what has come until then, and why."""
         events = b"" if self.finished else self.take_events()
-        return events + b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
+        return events + error_event(error)
 
     def whole(self) -> bytes:
         """The body of a whole response, once ``finished``."""

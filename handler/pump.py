@@ -31,7 +31,7 @@ from pagetier.handler.errors import (
     NotFound,
     QueueFull,
 )
-from pagetier.handler.openai_api import OpenAIApi, Response, error_body, parse_json
+from pagetier.handler.openai_api import OpenAIApi, Response, error_body, error_event, parse_json
 from pagetier.handler.request import AddRequest, RequestOutput, StatsReply
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ class Pump:
         except Exception:
             # Raised from here, it would fail every request in flight.
             logger.exception("request %s broke while it was admitted", request_id)
-            return _refusal(index, EngineError("An error of the server's own; see its log."))
+            return _refusal(index, _own_fault())
 
     def _route(self, request_id: str, index: int, incoming: Incoming) -> Reply | None:
         route = incoming.route.strip("/")
@@ -344,11 +344,21 @@ class Pump:
             except Exception:
                 logger.exception("request %s broke while it was answered", output.request_id)
                 self._engine.abort([output.request_id])
-                request.error = EngineError("An error of the server's own; see its log.")
+                request.error = _own_fault()
 
     # --- replies -----------------------------------------------------------------------------
 
     def _reply(self, request: _Open, index: int) -> Reply | None:
+        try:
+            return self._tell(request, index)
+        except Exception:
+            logger.exception("request %s broke while it was answered", request.request_id)
+            self._engine.abort([request.request_id])
+            self._open.pop(request.request_id, None)
+            as_end = error_event if request.response.stream else error_body
+            return Reply(index, as_end(_own_fault()), True)
+
+    def _tell(self, request: _Open, index: int) -> Reply | None:
         response = request.response
         if request.error is not None:
             # Too late for a status: it left with the opening piece. A client that awaits a whole
@@ -404,6 +414,10 @@ def _refusal(index: int, error: EngineError) -> Reply:
     if isinstance(error, QueueFull):
         headers["Retry-After"] = str(error.retry_after)
     return Reply(index, error_body(error), None, error.status, JSON, headers)
+
+
+def _own_fault() -> EngineError:
+    return EngineError("An error of the server's own; see its log.")
 
 
 def _error(output: RequestOutput) -> EngineError:

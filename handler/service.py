@@ -11,7 +11,9 @@ import os
 import select
 import sys
 import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
 from pagetier.handler.errors import ConfigError, EngineError
 from pagetier.handler.openai_api import OpenAIApi
-from pagetier.handler.pump import Inbox, Incoming, Pump, Reply
+from pagetier.handler.pump import WAIT_SECONDS, Inbox, Incoming, Pump, Reply
 from pagetier.handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,14 +68,18 @@ class PagetierHandler:
     def _start(self, context: Any) -> None:
         model_dir = context.system_properties["model_dir"]
         config = read_config(context.model_yaml_config, model_dir)
-        tokenizer = Tokenizer.load(config)
-        self._engine = EngineClient(
-            config,
-            on_outputs=self._inbox.put,
-            on_stats=self._inbox.put,
-            on_death=self._inbox.put_death,
-            builder=self.engine_builder,
-        )
+        # Both take seconds, so one beside the other. If both fail, the engine's reason is told: it
+        # is the clearer one when there is no model at all.
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(Tokenizer.load, config)
+            self._engine = EngineClient(
+                config,
+                on_outputs=self._inbox.put,
+                on_stats=self._inbox.put,
+                on_death=self._inbox.put_death,
+                builder=self.engine_builder,
+            )
+            tokenizer = loading.result()
         ready = self._engine.ready
         api = OpenAIApi(
             tokenizer,
@@ -110,6 +116,8 @@ class PagetierHandler:
             # Raised from here, it would fail every request in flight.
             logger.exception("an exchange broke")
             replies = []
+            # The frontend calls again at once.
+            time.sleep(WAIT_SECONDS)
         _apply(replies, ids, data, context)
         return [reply.body for reply in replies]
 

@@ -241,10 +241,15 @@ def test_engines_refusal_reaches_its_client_only(rig):
     assert rig.pump.num_open == 0
 
 
-def test_output_that_cannot_be_formatted_fails_its_request_only(rig, monkeypatch):
+@pytest.mark.parametrize("broken", ["add", "take_events"])
+def test_output_that_cannot_be_formatted_fails_its_request_only(rig, monkeypatch, broken):
     rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", STREAM))
-    broken = rig.pump._open["a"].response
-    monkeypatch.setattr(broken, "add", lambda output: 1 / 0)
+    response = rig.pump._open["a"].response
+    if broken == "add":
+        monkeypatch.setattr(response, "add", lambda output: 1 / 0)
+    else:
+        monkeypatch.setattr(response, "_texts", None)
+        monkeypatch.setattr(response, "add", lambda output: False)
     rig.gain("a")
     rig.gain("b")
     replies = rig.exchange("a", "b")
