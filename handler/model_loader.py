@@ -302,7 +302,7 @@ def _trial_run(hf_config: Any, trust_remote_code: bool) -> dict[int, AttentionLa
     hf_config.pad_token_id = None
     _probe.layers = {}
     try:
-        with torch.device("meta"), torch.no_grad():
+        with _quiet_transformers(), torch.device("meta"), torch.no_grad():
             model = AutoModelForCausalLM.from_config(
                 hf_config,
                 attn_implementation=_PROBE,
@@ -392,9 +392,13 @@ def load_model(config: EngineConfig, progress: Callable[[str], None] | None = No
             model = _make_dummy(config, hf_config, dtype, device)
         else:
             model = _read_weights(config, hf_config, dtype, device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as exc:
+        if not _is_out_of_memory(exc):
+            raise
+        where = "the GPU's memory" if device.type == "cuda" else "this machine's memory"
         raise ModelError(
-            f"The weights of '{config.model}' do not fit into the GPU's memory."
+            f"The weights of '{config.model}' do not fit into {where}; choose a smaller model or "
+            "a 16-bit dtype."
         ) from None
     model.eval().requires_grad_(False)
     # With a padding token, some models read their input back to warn of unmasked padding.
@@ -520,9 +524,9 @@ def _read_weights(
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as exc:
+        if _is_out_of_memory(exc):
+            raise
         logger.debug("Reading the weights of %s failed.", name, exc_info=exc)
         raise ModelError(
             f"The weights of '{name}' are missing, damaged, or do not fit its config.json "
@@ -534,7 +538,19 @@ def _read_weights(
             f"The weights of '{name}' are incomplete: {len(missing)} are missing, the first of "
             f"them '{missing[0]}'."
         )
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        logger.warning(
+            "The model has no use for %d of the tensors in its weights, the first of them '%s'.",
+            len(unused),
+            unused[0],
+        )
     return model
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    # For the CPU's allocator torch has no exception of its own.
+    return isinstance(exc, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)
 
 
 def _make_dummy(

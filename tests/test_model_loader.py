@@ -248,6 +248,42 @@ def test_an_unreadable_model_is_one_sentence_with_no_path_but_the_users(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 GiB"),
+    ],
+)
+def test_weights_that_do_not_fit_are_said_to_be_too_large(
+    error: Exception, load_format: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_models.save("llama", tmp_path)
+    monkeypatch.setattr(model_loader, "check_architecture", lambda *_, **__: ())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    for method in ("from_pretrained", "from_config"):
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, method, fail)
+    with pytest.raises(ModelError, match="do not fit into this machine's memory; choose"):
+        load(tmp_path, load_format=load_format)
+
+
+def test_tensors_that_nobody_uses_are_told(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_models.save("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.bias"] = torch.zeros(48)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, logger=model_loader.__name__):
+        load(tmp_path)
+    assert "no use for 1 of the tensors" in caplog.text
+    assert "'model.layers.0.mlp.up_proj.bias'" in caplog.text
+
+
 def test_a_device_that_is_not_here_is_a_setting_that_is_wrong(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
