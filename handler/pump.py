@@ -38,8 +38,12 @@ logger = logging.getLogger(__name__)
 
 # How long an exchange may wait for something to happen, while new requests wait to be seen.
 WAIT_SECONDS = 0.02
-# With requests open, the frontend calls at once; if it does not, their clients have left.
-SILENCE_SECONDS = 0.8
+# With requests open, the frontend calls again at once; if it does not, their clients have left.
+# Counted in ticks and not in seconds: on a machine that is short of processor time, the ticks come
+# as late as the frontend does. It also needs time for each request that it carries.
+TICK_SECONDS = 0.1
+MAX_QUIET_TICKS = 8
+REQUESTS_PER_QUIET_TICK = 20
 STATS_SECONDS = 5.0
 # The frontend looks whether a client has left only when it has a piece for it. So those that have
 # gained nothing get an empty piece from time to time, of which no byte reaches the client.
@@ -178,7 +182,7 @@ class Pump:
         # Those that have something to be told, in the order in which they got it.
         self._ready: dict[str, _Open] = {}
         self._num_waiting = 0
-        self._last_exchange = clock()
+        self._num_quiet_ticks = 0
         self._last_touch = clock()
         self._routes: dict[str, Callable[[str, Any], Response]] = {
             "v1/completions": api.completion,
@@ -226,17 +230,21 @@ class Pump:
                 replies += self._late_stats_replies(index_of)
             # New ones come last: their opening piece must go out before anything they gain.
             replies += [self._admit(r, index_of[r], fetch) for r in new]
-            self._last_exchange = self._clock()
+            self._num_quiet_ticks = 0
             return [r for r in replies if r is not None]
 
-    def abort_if_silent(self) -> None:
-        """Abort all that is open if the frontend has stopped calling."""
+    def tick(self) -> None:
+        """Abort all that is open if the frontend has stopped calling.
+
+        To be called every ``TICK_SECONDS``.
+        """
         if not self._lock.acquire(blocking=False):
             return  # an exchange is going on
         try:
-            silent = self._clock() - self._last_exchange > SILENCE_SECONDS
+            self._num_quiet_ticks += 1
             going = [r for r in self._open.values() if r.error is None]
-            if not silent or not going:
+            patience = MAX_QUIET_TICKS + len(going) // REQUESTS_PER_QUIET_TICK
+            if not going or self._num_quiet_ticks <= patience:
                 return
             logger.info("the frontend is silent: aborting %d open requests", len(going))
             self._engine.abort([r.request_id for r in going])

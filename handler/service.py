@@ -23,7 +23,7 @@ from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
 from pagetier.handler.errors import ConfigError, EngineError
 from pagetier.handler.openai_api import OpenAIApi
-from pagetier.handler.pump import WAIT_SECONDS, Inbox, Incoming, Pump, Reply
+from pagetier.handler.pump import TICK_SECONDS, WAIT_SECONDS, Inbox, Incoming, Pump, Reply
 from pagetier.handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 # replies take to leave.
 _TELL_SECONDS = 0.8
 _FLUSH_SECONDS = 0.1
-_WATCH_SECONDS = 0.1
 # How long after its connections a dying frontend may still be seen.
 _PARENT_SECONDS = 0.5
 
@@ -131,12 +130,12 @@ class PagetierHandler:
         assert self._pump is not None
         pump, never = self._pump, threading.Event()
         while self._inbox.death is None:
-            never.wait(_WATCH_SECONDS)
-            pump.abort_if_silent()
-        for _ in range(int(_TELL_SECONDS / _WATCH_SECONDS)):
+            never.wait(TICK_SECONDS)
+            pump.tick()
+        for _ in range(int(_TELL_SECONDS / TICK_SECONDS)):
             if pump.num_untold == 0:
                 break
-            never.wait(_WATCH_SECONDS)
+            never.wait(TICK_SECONDS)
         never.wait(_FLUSH_SECONDS)
         logger.error("the worker ends, since its engine is dead; TorchServe starts another")
         os._exit(1)

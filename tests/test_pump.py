@@ -8,7 +8,8 @@ from support.tokenizers import byte_level_tokenizer
 from pagetier.handler.errors import EngineDead
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import (
-    SILENCE_SECONDS,
+    MAX_QUIET_TICKS,
+    REQUESTS_PER_QUIET_TICK,
     STATS_SECONDS,
     TOUCH_SECONDS,
     Inbox,
@@ -208,12 +209,11 @@ def test_stop_string_aborts_in_the_engine(rig):
 
 def test_silent_frontend_aborts_all(rig):
     rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", BODY))
-    rig.now += SILENCE_SECONDS / 2
-    rig.pump.abort_if_silent()
+    for _ in range(MAX_QUIET_TICKS):
+        rig.pump.tick()
     assert rig.engine.aborted == []
-    rig.now += SILENCE_SECONDS
-    rig.pump.abort_if_silent()
-    rig.pump.abort_if_silent()
+    rig.pump.tick()
+    rig.pump.tick()
     assert rig.engine.aborted == ["a", "b"]
     # A frontend that was only slow gets an end for each.
     replies = rig.exchange("a", "b")
@@ -221,10 +221,29 @@ def test_silent_frontend_aborts_all(rig):
     assert rig.pump.num_open == 0
 
 
+def test_call_between_two_ticks_is_no_silence(rig):
+    rig.exchange(a=("v1/completions", STREAM))
+    for _ in range(3 * MAX_QUIET_TICKS):
+        rig.pump.tick()
+        rig.exchange("a")
+    assert rig.engine.aborted == []
+
+
+def test_frontend_with_many_requests_may_take_longer():
+    num_requests = 2 * REQUESTS_PER_QUIET_TICK
+    rig = Rig(max_waiting=num_requests)
+    rig.exchange(**dict.fromkeys(map(str, range(num_requests)), ("v1/completions", STREAM)))
+    for _ in range(MAX_QUIET_TICKS + 2):
+        rig.pump.tick()
+    assert rig.engine.aborted == []
+    rig.pump.tick()
+    assert len(rig.engine.aborted) == num_requests
+
+
 def test_silence_with_nothing_open_aborts_nothing(rig):
     rig.exchange(m=("v1/models", None))
-    rig.now += 10 * SILENCE_SECONDS
-    rig.pump.abort_if_silent()
+    for _ in range(3 * MAX_QUIET_TICKS):
+        rig.pump.tick()
     assert rig.engine.aborted == []
 
 
