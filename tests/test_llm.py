@@ -201,7 +201,9 @@ def test_wrong_calls_are_told_in_a_sentence_and_harm_nothing(llama):
             llm.generate("text", GREEDY, use_tqdm=False)
         with pytest.raises(InvalidRequest, match="temperature must be"):
             SamplingParams(temperature=-1)
-        assert len(llm.generate([[3]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == NEW_TOKENS
+        assert (
+            len(llm.generate([[3]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == NEW_TOKENS
+        )
 
 
 @pytest.mark.parametrize(
