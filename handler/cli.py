@@ -129,7 +129,9 @@ def _archive(arguments: argparse.Namespace) -> int:
         bundle=arguments.bundle,
         settings=parse_settings(arguments.settings),
     )
-    print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB).")
+    num_bytes = path.stat().st_size
+    size = f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+    print(f"Wrote {path} ({size}).", flush=True)
     return 0
 
 
