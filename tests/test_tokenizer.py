@@ -1,3 +1,4 @@
+import functools
 import itertools
 import time
 
@@ -21,14 +22,19 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture(scope="module", params=list(MAKERS))
+@functools.cache
+def shared_tokenizer(kind):
+    return Tokenizer(MAKERS[kind]())
+
+
+@pytest.fixture(params=list(MAKERS))
 def tokenizer(request):
-    return Tokenizer(MAKERS[request.param]())
+    return shared_tokenizer(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def byte_level():
-    return Tokenizer(byte_level_tokenizer())
+    return shared_tokenizer("byte_level")
 
 
 def pieces(tokenizer, ids, prompt=()):
@@ -85,10 +91,10 @@ def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizer, text):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in got)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40), cuts=st.lists(st.integers(1, 7), max_size=40))
 def test_byte_level_text_survives_any_division_into_steps(text, cuts):
-    tokenizer = Tokenizer(byte_level_tokenizer()) if not _CACHE else _CACHE[0]
-    _CACHE[:] = [tokenizer]
+    tokenizer = shared_tokenizer("byte_level")
     ids = iter(tokenizer.encode(text, add_special_tokens=False))
     decoder = tokenizer.decoder()
     got = ""
@@ -100,21 +106,18 @@ def test_byte_level_text_survives_any_division_into_steps(text, cuts):
     assert got + decoder.finish() == text
 
 
-_CACHE: list[Tokenizer] = []
-
-
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(5, 339), max_size=30))
 def test_byte_level_pieces_of_any_tokens_join_to_the_whole(ids):
     """Also of bytes that are no UTF-8 at all."""
-    tokenizer = Tokenizer(byte_level_tokenizer()) if not _CACHE else _CACHE[0]
-    _CACHE[:] = [tokenizer]
+    tokenizer = shared_tokenizer("byte_level")
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text(alphabet="the quick fox é日🙂", max_size=30))
 def test_sentencepiece_pieces_join_to_the_whole(text):
-    tokenizer = Tokenizer(sentencepiece_tokenizer())
+    tokenizer = shared_tokenizer("sentencepiece")
     ids = tokenizer.encode(text, add_special_tokens=False)
     prompt = tokenizer.encode("the")
     whole = tokenizer.decode([*prompt, *ids])
@@ -260,7 +263,7 @@ def test_text_that_only_began_like_a_stop_string_is_shown():
     assert checker.found is None
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     parts=st.lists(st.text(alphabet="ab ", min_size=1, max_size=4), max_size=12),
     stops=st.lists(st.text(alphabet="ab ", min_size=1, max_size=5), min_size=1, max_size=4),
