@@ -74,7 +74,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         max_num_seqs=config.max_num_seqs,
         max_model_len=sizes.max_model_len,
     )
-    link = make_link(gpu_pages, host.pages)
+    link = make_link(gpu_pages, host)
     say("Measuring what swapping and recomputing cost")
     cost_model = _calibrate(config, model, layout, sizes, runner, link, num_cpu_blocks)
 
@@ -88,7 +88,6 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         enable_prefix_caching=config.enable_prefix_caching,
     )
     info = {
-        "model": config.served_model_name or config.model,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_model_len": sizes.max_model_len,

@@ -6,6 +6,7 @@ Knows nothing of TorchServe or HTTP.
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -74,6 +75,8 @@ class LLM:
     def __init__(self, model: str, **settings: Any) -> None:
         self.config = EngineConfig.create({"model": model, **settings})
         self._core = build_engine(self.config)
+        # Also when the object is dropped, or the program ends, without a ``close``.
+        self._close = weakref.finalize(self, self._core.close)
         self._request_ids = map(str, itertools.count())
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_error: ModelError | None = None
@@ -137,7 +140,7 @@ class LLM:
 
     def close(self) -> None:
         """Give the memory back; the object cannot be used afterwards."""
-        self._core.close()
+        self._close()
 
     def __enter__(self) -> "LLM":
         return self

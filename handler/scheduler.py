@@ -202,9 +202,15 @@ class Scheduler:
         return not sequence.num_in_flight and self.manager.is_swap_settled(sequence)
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
-        """The prefix to start from: loaded where that is cheaper than computing it."""
-        match = self.manager.match(sequence)
-        if match.num_loads and self.config.preemption_mode != "swap":
+        """The prefix to start from: loaded where that is cheaper than computing it.
+
+        In the mode ``recompute`` a preempted sequence loads nothing; a new one may still find its
+        prefix in the CPU tier.
+        """
+        mode = self.config.preemption_mode
+        must_compute = mode == "recompute" and sequence.num_preemptions > 0
+        match = self.manager.match(sequence, allow_loads=not must_compute)
+        if match.num_loads and mode != "swap":
             without = self.manager.match(sequence, allow_loads=False)
             num_loaded_tokens = match.num_loads * self.config.block_size
             load = self.cost_model.load_seconds(num_loaded_tokens)

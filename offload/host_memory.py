@@ -10,6 +10,7 @@ Fallbacks, in order; the one in use is the ``rung``::
     none       no CPU tier: preempted sequences are recomputed
 """
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -36,10 +37,20 @@ _CGROUP_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class HostPages:
-    """The CPU tier's pages, uint8 ``[blocks, block_bytes]``, and how they were had."""
+    """The CPU tier's pages, uint8 ``[blocks, block_bytes]``, and how they were had.
+
+    ``close`` before the pages are freed: memory that is freed while it is registered makes every
+    later registration of its addresses fail.
+    """
 
     pages: torch.Tensor
     rung: str
+    registered: tuple[int, ...] = ()
+
+    def close(self) -> None:
+        """Unpin the pages; no copy may be under way."""
+        for address in self.registered:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def available_bytes() -> int:
@@ -76,15 +87,15 @@ def allocate_cpu_tier(layout: KVLayout, num_blocks: int, *, pin: bool) -> HostPa
     pages = layout.allocate(num_blocks, "cpu", touch=pin)
     if num_blocks == 0:
         return HostPages(pages, "none")
-    if pin and _register(pages):
-        return HostPages(pages, "pinned")
+    if pin and (registered := _register(pages)):
+        return HostPages(pages, "pinned", registered)
     if pin:
         logger.warning("Host memory for the CPU tier cannot be pinned: copies will be slower.")
     return HostPages(pages, "pageable")
 
 
-def _register(pages: torch.Tensor) -> bool:
-    """Pin ``pages`` piece by piece; all of them, or none.
+def _register(pages: torch.Tensor) -> tuple[int, ...]:
+    """Pin ``pages`` piece by piece and return the pieces' addresses: all of them, or none.
 
     Not torch's ``pin_memory``, which rounds sizes up to powers of two.
     """
@@ -96,6 +107,13 @@ def _register(pages: torch.Tensor) -> bool:
         if int(cudart.cudaHostRegister(address + offset, size, 0)) != 0:
             for piece in registered:
                 cudart.cudaHostUnregister(piece)
-            return False
+            _clear_cuda_error()
+            return ()
         registered.append(address + offset)
-    return True
+    return tuple(registered)
+
+
+def _clear_cuda_error() -> None:
+    """Let go of a refusal that CUDA keeps as its last error: the next operation would raise it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

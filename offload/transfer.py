@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from pagetier.offload.host_memory import HostPages
+
 logger = logging.getLogger(__name__)
 
 
@@ -146,12 +148,13 @@ class CudaLink:
 
     Args:
         gpu_pages: pages of the GPU tier, uint8 ``[blocks, block_bytes]``, on a CUDA device.
-        cpu_pages: pages of the CPU tier, in pinned host memory where the host allows it.
+        host: pages of the CPU tier, pinned where the host allows it; the link closes them.
     """
 
-    def __init__(self, gpu_pages: torch.Tensor, cpu_pages: torch.Tensor) -> None:
+    def __init__(self, gpu_pages: torch.Tensor, host: HostPages) -> None:
         self._gpu_pages = gpu_pages
-        self._cpu_pages = cpu_pages
+        self._cpu_pages = host.pages
+        self._host = host
         self._streams = {
             to_cpu: torch.cuda.Stream(gpu_pages.device)  # type: ignore[no-untyped-call]
             for to_cpu in (True, False)
@@ -199,13 +202,14 @@ class CudaLink:
             time.sleep(min(seconds, 1e-4))
 
     def close(self) -> None:
-        """Wait for both streams."""
+        """Wait for both streams and unpin the host's pages."""
         for stream in self._streams.values():
             stream.synchronize()
+        self._host.close()
 
 
-def make_link(gpu_pages: torch.Tensor, cpu_pages: torch.Tensor) -> Link:
+def make_link(gpu_pages: torch.Tensor, host: HostPages) -> Link:
     """The link between these pages: streams if the first tier is on a GPU, else a thread."""
     if gpu_pages.is_cuda:
-        return CudaLink(gpu_pages, cpu_pages)
-    return ThreadLink(gpu_pages, cpu_pages)
+        return CudaLink(gpu_pages, host)
+    return ThreadLink(gpu_pages, host.pages)

@@ -63,6 +63,7 @@ def test_refused_pinning_falls_back_to_pageable_memory(monkeypatch):
             calls.append(("unregister", pointer))
 
     monkeypatch.setattr(host_memory.torch.cuda, "cudart", Refusing)
+    monkeypatch.setattr(host_memory, "_clear_cuda_error", lambda: calls.append(("clear", 0)))
     monkeypatch.setattr(host_memory, "_REGISTERED_PIECE_BYTES", LAYOUT.block_bytes)
     host = host_memory.allocate_cpu_tier(LAYOUT, 2, pin=True)
     assert host.rung == "pageable"
@@ -72,4 +73,7 @@ def test_refused_pinning_falls_back_to_pageable_memory(monkeypatch):
         ("register", start),
         ("register", start + LAYOUT.block_bytes),
         ("unregister", start),
+        ("clear", 0),
     ]
+    host.close()
+    assert len(calls) == 4, "nothing is left to unpin"

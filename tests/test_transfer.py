@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pagetier.offload.calibrate import measure_link, measure_prefill
+from pagetier.offload.host_memory import allocate_cpu_tier
+from pagetier.offload.tiers import KVLayout, LayerKV
 from pagetier.offload.transfer import Completion, CudaLink, Link, ThreadLink, merge_runs
 
 
@@ -96,9 +98,13 @@ def test_submit_returns_before_the_copy_is_made():
 def test_cuda_streams_carry_blocks_both_ways():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    gpu, cpu = pages_of(8, "cuda"), pages_of(9).pin_memory()
+    layout = KVLayout((LayerKV(1, 8, 8),), 16, torch.float32)
+    gpu = layout.allocate(8, "cuda")
+    gpu.random_(0, 256)
+    host = allocate_cpu_tier(layout, 9, pin=True)
+    assert host.rung == "pinned"
     before = gpu.clone()
-    link = CudaLink(gpu, cpu)
+    link = CudaLink(gpu, host)
     event = torch.cuda.Event()
     gpu[2] += 1
     before[2] += 1
@@ -111,6 +117,10 @@ def test_cuda_streams_carry_blocks_both_ways():
     assert collect(link, 1)[0].error is None
     link.close()
     assert torch.equal(gpu, before)
+    # The pages were unpinned: the same memory can be pinned again.
+    pinned = torch.cuda.cudart().cudaHostRegister(host.pages.data_ptr(), host.pages.numel(), 0)
+    assert int(pinned) == 0
+    host.close()
 
 
 def test_link_rate_is_bytes_over_the_slower_direction():
