@@ -49,12 +49,20 @@ _SPARE_DISK_BYTES = 64 * 2**20
 # A socket's path has at most 107 bytes; ours is this folder's and "/tmp/.ts.sock.PORT".
 _MAX_RUN_DIR_LENGTH = 85
 _STOP_TIMEOUT_S = 20.0
+_RUN_DIR_PREFIX = "pagetier-"
+# Says which process a run's folder belongs to, and so whether it is still needed.
+_OWNER_NAME = "owner"
 _PR_SET_PDEATHSIG = 1
 
 _WORKER_LINE = re.compile(r" MODEL_LOG - (?P<message>.+)")
 _WORKER_ERROR = re.compile(r"pagetier cannot start: (?P<message>.+)")
-# The last line of TorchServe's own in a worker: what follows is said by the handler.
-_HANDLER_STARTS = re.compile(r" MODEL_LOG - model_name: .*, batchSize: ")
+# What is not about the model: lines that TorchServe's part of a worker says, and lines of loggers,
+# which begin with their names.
+_NOT_PROGRESS = re.compile(
+    r"s_name_part0=|Listening on |Successfully loaded |\[PID\]|Torch worker started|"
+    r"Python runtime: |Connection accepted: |model_name: |pagetier"
+)
+_STACK_BEGINS = re.compile(r"Traceback |Backend worker process died")
 _WORKER_FAILED = ("Load model failed", "Worker died", "Failed to start worker")
 
 
@@ -188,11 +196,13 @@ class TorchServe:
         java = find_java()
         for host, port in self._listening():
             _check_port_free(host, port)
-        run_dir = Path(tempfile.mkdtemp(prefix="pagetier-"))
+        _remove_abandoned_run_dirs()
+        run_dir = Path(tempfile.mkdtemp(prefix=_RUN_DIR_PREFIX))
         self._run_dir = run_dir
         _check_run_dir(run_dir, self.archives)
         log_dir = (self._log_dir or run_dir / "logs").absolute()
         try:
+            (run_dir / _OWNER_NAME).write_text(_identity(os.getpid()))
             for folder in (log_dir, run_dir / "tmp", run_dir / "models"):
                 folder.mkdir(parents=True, exist_ok=True)
             for archive in self.archives:
@@ -420,7 +430,7 @@ class _StartupLog:
         self._log = log
         self._on_progress = on_progress
         self._lines: list[str] = []
-        self._handler_has_started = False
+        self._is_stack = False
         self.failed = False
 
     def read(self) -> None:
@@ -429,15 +439,11 @@ class _StartupLog:
             self._lines.append(line)
             self.failed |= any(mark in line for mark in _WORKER_FAILED)
             found = _WORKER_LINE.search(line)
-            # Lines of loggers, which begin with their names, are for the log.
-            if (
-                found
-                and self._handler_has_started
-                and not self.failed
-                and not found["message"].startswith("pagetier")
-            ):
+            if found is None:
+                continue
+            self._is_stack |= _STACK_BEGINS.match(found["message"]) is not None
+            if not self._is_stack and not _NOT_PROGRESS.match(found["message"]):
                 self._on_progress(found["message"])
-            self._handler_has_started |= _HANDLER_STARTS.search(line) is not None
 
     def failure_sentence(self, log_path: Path) -> str:
         """What a worker said before it died: our own error, else the last exception it named."""
@@ -503,6 +509,25 @@ def _check_port_free(host: str, port: int) -> None:
         else:
             reason = f"cannot be listened on: {exc.strerror or exc}"
         raise LaunchError(f"Port {port} of {host} {reason}.") from None
+
+
+def _identity(pid: int) -> str:
+    """A process, told apart from a later one with the same id; nothing if there is none."""
+    try:
+        return f"{pid} {psutil.Process(pid).create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _remove_abandoned_run_dirs() -> None:
+    """Delete what runs have left whose process was killed: an unpacked model may be large."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{_RUN_DIR_PREFIX}*/{_OWNER_NAME}"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            identity = owner.read_text(encoding="utf-8")
+            if owner.stat().st_uid == os.getuid() and identity != _identity(
+                int(identity.split()[0])
+            ):
+                shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _check_run_dir(run_dir: Path, archives: Sequence[Path]) -> None:

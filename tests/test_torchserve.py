@@ -38,10 +38,13 @@ def _family(pid):
 
 @pytest.mark.live
 @pytest.mark.xdist_group("live")
-def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive):
+def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive, tmp_path):
     progress = []
-    with TorchServe([echo_archive], port=free_ports()) as server:
+    second = write_fake_archive(tmp_path / "second.mar", ECHO)
+    with TorchServe([echo_archive, second], port=free_ports()) as server:
         server.wait_ready(READY_TIMEOUT_S, progress.append)
+        for name in ("echo", "second"):
+            assert server._describe(name)[0]["status"] == "READY"
         url = f"{server.inference_url}/predictions/echo"
         assert torchserve.get_json(f"{server.inference_url}/ping", server.inference_key) == {
             "status": "Healthy"
@@ -54,11 +57,11 @@ def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive
             get_json(f"{server.management_url}/models/echo", server.inference_key)
         caught.value.close()
         family = _family(server.pid)
-        assert server.worker_pids[0] in [process.pid for process in family]
+        assert {*server.worker_pids} < {process.pid for process in family}
         run_dir = server._run_dir
         assert (run_dir / "key_file.json").stat().st_mode & 0o077 == 0
         assert run_dir.stat().st_mode & 0o077 == 0
-    assert progress == ["warming up"]
+    assert set(progress) == {"warming up"}
     assert not [process for process in family if process.is_running()]
     assert not run_dir.exists()
 
@@ -76,9 +79,11 @@ def test_failed_worker_is_told_in_its_own_sentence(tmp_path, source, says):
     archive = write_fake_archive(tmp_path / "broken.mar", source)
     with TorchServe([archive], port=free_ports()) as server:
         family = _family(server.pid)
+        progress = []
         with pytest.raises(LaunchError) as caught:
-            server.wait_ready(READY_TIMEOUT_S)
+            server.wait_ready(READY_TIMEOUT_S, progress.append)
         assert caught.value.message.startswith(says)
+        assert progress == [], "a stack is not progress"
     assert not [process for process in family if process.is_running()]
 
 
@@ -112,6 +117,24 @@ def test_serve_command_leaves_no_process_when_it_is_ended(echo_archive, tmp_path
     text = "".join(printed)
     assert f"http://127.0.0.1:{port}/predictions/echo/1.0/v1" in text
     assert (tmp_path / "logs" / "pagetier.log").is_file()
+
+
+def test_folder_of_a_killed_run_is_removed_and_that_of_a_living_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    owners = {
+        "pagetier-killed": f"{os.getpid()} 1.00",  # an older process with this id
+        "pagetier-ended": "999999999 1.00",
+        "pagetier-alive": torchserve._identity(os.getpid()),
+        "pagetier-strange": "",
+        "other": "999999999 1.00",
+    }
+    for name, owner in owners.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "owner").write_text(owner)
+    (tmp_path / "pagetier-new").mkdir()
+    torchserve._remove_abandoned_run_dirs()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"pagetier-alive", "pagetier-strange", "pagetier-new", "other"}
 
 
 def test_port_in_use_is_told_before_anything_starts(echo_archive):
