@@ -161,8 +161,8 @@ def _serve(arguments: argparse.Namespace) -> int:
                     settings.get("served_model_name") or name,
                 )
             )
-        _say("Stop with Ctrl-C.")
         try:
+            _say("Stop with Ctrl-C.")
             server.wait()
         except KeyboardInterrupt:
             _say("Stopping ...")
