@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -76,3 +78,10 @@ def test_no_command_prints_the_usage(capsys):
         main([])
     assert caught.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_package_can_be_run_as_a_module():
+    command = [sys.executable, "-m", "pagetier", "archive", "no/such/folder"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith("pagetier: ")

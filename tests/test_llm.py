@@ -14,6 +14,7 @@ from support import tiny_models
 
 from pagetier import LLM, SamplingParams
 from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError, PromptTooLong
+from pagetier.handler.kv_cache_manager import Direction
 
 NEW_TOKENS = 20
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -112,7 +113,7 @@ def llama(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-def test_swap_brings_back_equal_bytes_and_the_sampled_tokens(llama):
+def test_swap_changes_no_sampled_token(llama):
     """Seeded sampling: positions and random state survive a swap, or the tokens would differ."""
     params = [
         SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=i, max_tokens=14)
@@ -131,6 +132,79 @@ def test_swap_brings_back_equal_bytes_and_the_sampled_tokens(llama):
     # Nothing was computed a second time: the keys and values that came back were used.
     assert stats["num_recomputed_tokens"] == 0
     assert [o.outputs[0].token_ids for o in calm] == [o.outputs[0].token_ids for o in pressed]
+
+
+class SwapWitness:
+    """Notes the bytes of every sequence that is swapped out, and compares them when it is back.
+
+    In between, the blocks it came from are overwritten and forgotten, so that only the copies in
+    the other tier can bring the bytes back.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        core = llm._core
+        self.manager, self.runner, self.core = core.scheduler.manager, core._runner, core
+        self.noted: dict[str, tuple[list[torch.Tensor], int, int]] = {}
+        self.num_compared = 0
+        self._swap_out, self._finish_load = self.manager.swap_out, self.manager.finish_load
+        self._complete = self.manager.complete
+        self.manager.swap_out = self.swap_out
+        self.manager.finish_load = self.finish_load
+        self.manager.complete = self.complete
+
+    def _bytes(self, sequence, num_tokens: int) -> list[torch.Tensor]:
+        """Keys and values of the first tokens, layer by layer."""
+        if self.core._last_event is not None:
+            self.core._last_event.result()  # launched steps still write
+        table = torch.tensor(sequence.block_tables[0])
+        return [
+            cache[table].transpose(1, 2).flatten(0, 1)[:num_tokens].clone()
+            for pair in self.runner._caches
+            for cache in pair
+        ]
+
+    def swap_out(self, sequence) -> bool:
+        num_tokens = sequence.num_computed_tokens
+        note = (self._bytes(sequence, num_tokens), num_tokens, sequence.seed)
+        swapped = self._swap_out(sequence)
+        if swapped:
+            self.noted[sequence.request_id] = note
+        return swapped
+
+    def complete(self, transfer_id, *, ok):
+        transfer = self._complete(transfer_id, ok=ok)
+        if transfer.direction is Direction.OUT:
+            for block_id, _ in transfer.block_ids:
+                if self.manager.gpu.is_free(block_id):
+                    self.manager.gpu.unpublish(block_id)
+                    self.runner._pages[block_id] = 0xAB
+        return transfer
+
+    def finish_load(self, sequence) -> bool:
+        loaded = self._finish_load(sequence)
+        if loaded and sequence.request_id in self.noted:
+            expected, num_tokens, seed = self.noted.pop(sequence.request_id)
+            assert sequence.num_computed_tokens == num_tokens
+            assert sequence.seed == seed
+            for before, after in zip(expected, self._bytes(sequence, num_tokens), strict=True):
+                assert torch.equal(before, after)
+            self.num_compared += 1
+        return loaded
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_swapped_keys_and_values_come_back_byte_for_byte(llama, block_size):
+    settings = {
+        "block_size": block_size,
+        "num_gpu_blocks_override": 96 // block_size,
+        "preemption_mode": "swap",
+        "enable_prefix_caching": False,
+    }
+    with open_llm(llama, **settings) as llm:
+        witness = SwapWitness(llm)
+        llm.generate(prompts_of(seed=13), GREEDY, use_tqdm=False)
+        assert llm.stats()["num_recomputed_tokens"] == 0
+    assert witness.num_compared >= 1
 
 
 def test_seeded_tokens_do_not_depend_on_the_batch(llama):
