@@ -226,6 +226,7 @@ class Sequence:
         "cache_salt",
         "eos_token_ids",
         "finish_reason",
+        "is_lockstep",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
@@ -264,6 +265,8 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
+        # Whether its next token may only be planned once the one before it is known.
+        self.is_lockstep = False
         # Index in the runner's per-sequence device buffers while it holds GPU blocks, else -1.
         self.row = -1
         self.block_tables: list[list[int]] = []  # per KV group: GPU block ids

@@ -275,6 +275,8 @@ class Scheduler:
 
     def _num_wanted(self, sequence: Sequence) -> int:
         """Tokens the sequence could compute now; 0 if its last one is already in flight."""
+        if sequence.is_lockstep and sequence.num_in_flight:
+            return 0
         if sequence.num_tokens + sequence.num_in_flight >= self._max_tokens(sequence):
             return 0
         return sequence.num_uncomputed_tokens
@@ -364,7 +366,8 @@ class Scheduler:
             sequence = share.sequence
             sequence.num_computed_tokens += share.num_tokens
             sequence.num_in_flight += share.samples
-            self.manager.publish_computed(sequence)
+            if share.num_tokens > 1:  # a decode's token is not known yet
+                self.manager.publish_computed(sequence)
         if plan.scheduled:
             self._count(plan)
         if self.config.decision_trace and (plan.scheduled or self._decisions):
@@ -394,6 +397,7 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in the tokens of a collected step; tokens of ended sequences are discarded."""
         outputs = []
+        block_size = self.config.block_size
         sampled = [share.sequence for share in plan.scheduled if share.samples]
         for sequence, token_id, logprobs in zip(
             sampled, result.token_ids, result.logprobs, strict=True
@@ -419,7 +423,9 @@ class Scheduler:
             )
             if finish_reason is not None:
                 self._finish(sequence, finish_reason)
-            elif sequence.block_tables:
+            elif sequence.block_tables and sequence.num_tokens >= block_size * (
+                sequence.num_published_blocks + 1
+            ):
                 self.manager.publish_computed(sequence)
         return outputs
 
