@@ -31,7 +31,9 @@ from pagetier.handler.errors import (
     NotFound,
     QueueFull,
 )
-from pagetier.handler.openai_api import OpenAIApi, Response, error_body, error_event, parse_json
+from pagetier.handler.openai_api import OpenAIApi
+from pagetier.handler.openai_responses import Response, error_body, error_event
+from pagetier.handler.openai_schemas import parse_json
 from pagetier.handler.request import AddRequest, RequestOutput, StatsReply
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ import math
 import pytest
 from support.tokenizers import byte_level_tokenizer
 
-from pagetier.handler import openai_api
 from pagetier.handler.errors import (
     EngineDead,
     EngineError,
@@ -13,7 +12,9 @@ from pagetier.handler.errors import (
     PromptTooLong,
     QueueFull,
 )
-from pagetier.handler.openai_api import OpenAIApi, error_body, parse_json
+from pagetier.handler.openai_api import OpenAIApi
+from pagetier.handler.openai_responses import MIN_LOGPROB, error_body
+from pagetier.handler.openai_schemas import parse_json
 from pagetier.handler.request import RequestOutput, TokenLogprobs
 from pagetier.handler.tokenizer import Tokenizer
 
@@ -469,7 +470,7 @@ def test_chat_logprobs_have_bytes_of_half_characters(api, tokenizer):
     made = [TokenLogprobs(half, -math.inf, [half], [-math.inf])]
     response.add(RequestOutput("r1", [half], logprobs=made, finish_reason="length"))
     (entry,) = json.loads(response.whole())["choices"][0]["logprobs"]["content"]
-    token = {"token": "bytes:\\xc3", "logprob": openai_api.MIN_LOGPROB, "bytes": [0xC3]}
+    token = {"token": "bytes:\\xc3", "logprob": MIN_LOGPROB, "bytes": [0xC3]}
     assert entry == {**token, "top_logprobs": [token]}
 
 

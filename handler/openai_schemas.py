@@ -1,0 +1,203 @@
+"""What OpenAI's routes accept: the fields of bodies, their types, and errors that name them.
+
+Owns field names and types, which fields are harmless and which are not supported yet, and the
+reading of JSON. Knows nothing of tokenizers, limits of the model, or of what is done with the
+fields: ``openai_api`` makes requests of them.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from pagetier.handler.errors import InvalidRequest
+
+# Fields of OpenAI's API that change nothing about the output.
+_HARMLESS = frozenset({
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
+})  # fmt: skip
+
+# Fields whose feature does not exist yet, with the values that ask for nothing.
+_NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_json": (),
+    "include_stop_str_in_output": (False,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "timeout": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``include_usage``: end the stream with a chunk that counts its tokens."""
+
+    include_usage: bool = False
+
+
+class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all routes that generate take."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: _Int64 | None = None
+    seed: _Int64 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[_Int64] | None = None
+    max_tokens: _Int64 | None = None
+    ignore_eos: bool | None = None
+    priority: _Int64 = 0
+    cache_salt: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``v1/completions`` and of the plain prediction route."""
+
+    prompt: Any
+    logprobs: int | None = None
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A piece of a message's content."""
+
+    text: str
+    type: Literal["text"] = "text"
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class ChatBody(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: _Int64 | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+
+
+# --- reading bodies --------------------------------------------------------------------------
+
+
+def parse_json(data: bytes | str) -> Any:
+    """What ``data`` says; raises ``InvalidRequest`` if it is not JSON."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
+        reason = str(exc)[:1].lower() + str(exc)[1:].rstrip(".")
+        raise InvalidRequest(f"The body is not valid JSON: {reason}.") from None
+
+
+def read_body(body: Any, kind: type[_T]) -> _T:
+    """``body`` as ``kind``; raises ``InvalidRequest`` with one sentence that names the field."""
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"The body must be a JSON object, not {_json_type(body)}.")
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    kept, unknown = {}, []
+    for key, value in body.items():
+        if key in known:
+            # null is the same as leaving a field out.
+            if value is not None:
+                kept[key] = value
+        elif key in _NOT_SUPPORTED_YET:
+            if value is not None and not _is_neutral(value, _NOT_SUPPORTED_YET[key]):
+                raise InvalidRequest(f"{key} is not supported yet; leave it out.", param=key)
+        elif key not in _HARMLESS:
+            unknown.append(key)
+    if unknown:
+        names = ", ".join(short(key) for key in unknown[:8])
+        raise InvalidRequest(
+            f"Unknown field{'s' if len(unknown) > 1 else ''} {names}; leave "
+            f"{'them' if len(unknown) > 1 else 'it'} out.",
+            param=unknown[0][:64],
+        )
+    try:
+        return msgspec.convert(kept, kind)
+    except msgspec.ValidationError as exc:
+        raise _invalid(str(exc)) from None
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    # True equals 1 in Python, but `n: true` is a mistake.
+    return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
+
+
+def _invalid(message: str) -> InvalidRequest:
+    """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" with the place in front."""
+    what, _, place = message.replace("`", "").partition(" - at ")
+    what = (what[:1].lower() + what[1:]).replace(" | null", "")
+    if not place:
+        return InvalidRequest(f"The body is wrong: {what}.", param=_missing_field(what))
+    param = place.removeprefix("$.").split(".")[0].split("[")[0]
+    return InvalidRequest(f"{place}: {what}.", param=param)
+
+
+def _missing_field(what: str) -> str | None:
+    prefix = "object missing required field "
+    return what.removeprefix(prefix) if what.startswith(prefix) else None
+
+
+def without_null_message_fields(body: Any) -> Any:
+    """Drop null fields of messages: OpenAI's client sends an answer back with several."""
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
+        return body
+    messages = [
+        {k: v for k, v in m.items() if v not in (None, [])} if isinstance(m, dict) else m
+        for m in body["messages"]
+    ]
+    return {**body, "messages": messages}
+
+
+def plain_message(message: ChatMessage) -> dict[str, str]:
+    """The message as chat templates know it: its content one text."""
+    content = message.content
+    if not isinstance(content, str):
+        content = "\n".join(part.text for part in content)
+    plain = {"role": message.role, "content": content}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _json_type(value: Any) -> str:
+    names = {str: "text", list: "a list", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def short(value: Any) -> str:
+    """``value`` for an error's text, 64 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 64 else text[:61] + "..."
