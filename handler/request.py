@@ -22,6 +22,7 @@ FINISHED   holds nothing
 
 import enum
 import secrets
+import time
 from collections.abc import Sequence as AbcSequence
 from typing import Any
 
@@ -140,6 +141,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
 
     ``finish_reason``: ``stop`` (``stop_reason`` is the token id, None for end of sequence),
     ``length``, ``abort`` or ``error`` (``error`` has the sentence, ``error_status`` its status).
+    ``queue_seconds``: how long it waited before it was first scheduled.
     """
 
     request_id: str
@@ -152,6 +154,7 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     error_status: int = 500
     retry_after: int | None = None
+    queue_seconds: float = 0.0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
@@ -221,6 +224,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived_at",
         "block_hashes",
         "block_tables",
         "cache_salt",
@@ -237,6 +241,7 @@ class Sequence:
         "num_swapped_tokens",
         "params",
         "priority",
+        "queue_seconds",
         "request_id",
         "row",
         "seed",
@@ -254,6 +259,8 @@ class Sequence:
         self.cache_salt = request.cache_salt
         self.eos_token_ids = () if params.ignore_eos else request.eos_token_ids
         self.arrival = arrival
+        self.arrived_at = time.monotonic()
+        self.queue_seconds = 0.0  # until it was first scheduled
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)

@@ -14,6 +14,7 @@ that order only, so the first running sequence is never preempted and always fin
 import bisect
 import dataclasses
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -240,6 +241,7 @@ class Scheduler:
         must_load = self.manager.admit(sequence, match, self._reservation(sequence))
         is_new = sequence.num_preemptions == 0
         if is_new:
+            sequence.queue_seconds = time.monotonic() - sequence.arrived_at
             sequence.num_cached_tokens = match.num_tokens
             self.totals.prefix_cache_queries += sequence.num_tokens
             self.totals.prefix_cache_hits += match.num_tokens
@@ -419,6 +421,7 @@ class Scheduler:
                     stop_reason=sequence.stop_reason,
                     num_cached_tokens=sequence.num_cached_tokens,
                     num_preemptions=sequence.num_preemptions,
+                    queue_seconds=sequence.queue_seconds,
                 )
             )
             if finish_reason is not None:
