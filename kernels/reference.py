@@ -13,14 +13,19 @@ position, padded to whole blocks.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from pagetier.kernels.metadata import AttentionMetadata
+from pagetier.kernels.metadata import AttentionMetadata, IntArray, upload
 
 # Bounds on what one product gathers or makes, so that a step's peak memory does not grow with the
 # batch: elements of gathered keys or values, and of attention scores (fp32: 128 MiB each).
 _MAX_GATHERED_ELEMENTS = 1 << 25
 _MAX_SCORE_ELEMENTS = 1 << 25
+# Keys that may be gathered in vain before a product of its own is cheaper: about as long to copy
+# as the operators of a product take to start.
+_MAX_PADDING_ELEMENTS = 1 << 17
 
 
 def paged_attention(
@@ -37,8 +42,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of a batch's new tokens over their sequences' cached keys and values.
 
-    The new tokens' own keys and values are in the cache already. All sequences with equally many
-    new tokens are computed together; in particular, all decodes.
+    The new tokens' own keys and values are in the cache already. Sequences with equally many new
+    tokens, in particular decodes, are computed together if they are about equally long.
 
     Args:
         q: queries ``(tokens, heads, head_dim)``, any strides; heads is a multiple of kv_heads.
@@ -68,6 +73,7 @@ def paged_attention(
     for context in metadata.shared[key]:
         keys = _gather(k_cache, context)
         values = _gather(v_cache, context)
+        _clean(values, context)
         for piece in context.pieces:
             mixed = _attend(q[piece.tokens], keys, values, piece, scale, softcap, grouped_sinks)
             out[piece.tokens] = mixed.to(out.dtype)
@@ -91,17 +97,32 @@ class _Piece:
 class _Context:
     """Contexts that are gathered together, and the queries that look at them.
 
+    A gathered *row* is one head's part of one block; rows are in the order of sequence, head and
+    block.
+
     Attributes:
         block_ids: ``(sequences, 1, blocks)``.
         heads: all KV heads, ``(kv_heads, 1)``.
-        unreadable: slots that nobody may look at, ``(sequences, 1, context, 1)``.
+        unclean_rows: gathered rows that hold a slot nobody may look at, int64, block by block and
+            for each of them head by head; None if there are none.
+        unreadable: which slots of these blocks, ``(unclean blocks, 1, block_size, 1)``.
         pieces: one after the other.
+        source_rows: rows to gather, by how many of them a page of the cache is long.
     """
 
     block_ids: torch.Tensor
     heads: torch.Tensor
+    unclean_rows: torch.Tensor | None
     unreadable: torch.Tensor
     pieces: list[_Piece]
+    source_rows: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def rows(self, rows_per_page: int) -> torch.Tensor:
+        """Which rows of the cache to gather, int64 ``(sequences * kv_heads * blocks,)``."""
+        if rows_per_page not in self.source_rows:
+            rows = self.block_ids * rows_per_page + self.heads
+            self.source_rows[rows_per_page] = rows.flatten()
+        return self.source_rows[rows_per_page]
 
 
 def _plan(
@@ -116,54 +137,134 @@ def _plan(
     device = metadata.seq_lens.device
     heads = torch.arange(kv_heads, device=device)[:, None]
     for group in metadata.query_groups:
-        # Contexts are padded to the group's longest; at least one block keeps shapes non-empty.
-        num_blocks = max(1, -(-group.max_seq_len // block_size))
-        length = num_blocks * block_size
-        scores_per_query = num_heads * length
-        sequences_at_once = min(
-            _MAX_GATHERED_ELEMENTS // (kv_heads * length * width),
-            _MAX_SCORE_ELEMENTS // (scores_per_query * group.query_len),
-        )
-        sequences_at_once = max(1, sequences_at_once)
-        queries_at_once = max(1, _MAX_SCORE_ELEMENTS // (scores_per_query * sequences_at_once))
-        positions = torch.arange(length, device=device)
-        for first in range(0, group.sequences.shape[0], sequences_at_once):
-            sequences = group.sequences[first : first + sequences_at_once]
-            tokens = group.tokens[first : first + sequences_at_once]
-            seq_lens = metadata.seq_lens[sequences].long()[:, None]
-            readable = positions < seq_lens
-            if window:
-                readable &= positions > seq_lens - group.query_len - window
+        members = np.flatnonzero(metadata.host_query_lens == group.query_len)
+        host_seq_lens = metadata.host_seq_lens[members]
+        for picked, num_blocks in _batches(
+            host_seq_lens, group.query_len, block_size, num_heads, kv_heads, width
+        ):
+            length = num_blocks * block_size
+            readable = _readable(host_seq_lens[picked], group.query_len, length, window)
+            by_block = readable.reshape(len(picked), num_blocks, block_size)
+            row, block = np.nonzero(~by_block.all(-1))
+            unclean = (row[:, None] * kv_heads + np.arange(kv_heads)) * num_blocks + block[:, None]
+            chosen, unclean_rows, unreadable, holds_readable = upload(
+                [
+                    picked,
+                    unclean.reshape(-1),
+                    (~by_block[row, block]).astype(np.int32),
+                    by_block.any(-1).astype(np.int32),
+                ],
+                device,
+            )
+            sequences, tokens = group.sequences[chosen], group.tokens[chosen]
             # A block without a readable slot may have any id, or be somebody else's: block 0 then.
-            holds_readable = readable.view(-1, num_blocks, block_size).any(-1)
-            tables = metadata.block_tables[sequences, :num_blocks]
-            pieces = []
-            for start in range(0, group.query_len, queries_at_once):
-                own = tokens[:, start : start + queries_at_once]
-                # A sequence's new tokens are its last ones.
-                steps = torch.arange(start, start + own.shape[1], device=device)
-                query_positions = (seq_lens - group.query_len + steps)[..., None]
-                hidden = positions > query_positions
-                if window:
-                    hidden |= positions <= query_positions - window
-                pieces.append(_Piece(own, hidden[:, None, None]))
+            tables = metadata.block_tables[sequences, :num_blocks].long() * holds_readable
             yield _Context(
-                block_ids=torch.where(holds_readable, tables, 0).long()[:, None],
+                block_ids=tables[:, None],
                 heads=heads,
-                unreadable=~readable[:, None, :, None],
-                pieces=pieces,
+                unclean_rows=unclean_rows if len(row) else None,
+                unreadable=unreadable.bool()[:, None, :, None],
+                pieces=_pieces(metadata, sequences, tokens, num_heads, length, window),
             )
 
 
-def _gather(cache: torch.Tensor, context: _Context) -> torch.Tensor:
-    """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``.
+def _batches(
+    seq_lens: IntArray,
+    query_len: int,
+    block_size: int,
+    num_heads: int,
+    kv_heads: int,
+    width: int,
+) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """Which sequences of a group are gathered together, and to how many blocks they are padded.
 
-    They are zero where nobody may look: unwritten slots may hold NaN, and a weight of 0 would not
-    do, since 0 * NaN is NaN.
+    Neighbours in length, longest first, so that little is gathered that nobody looks at.
     """
-    # Indexing heads too puts them before the blocks in the same copy.
-    gathered = cache[context.block_ids, context.heads].flatten(2, 3).float()
-    return gathered.masked_fill_(context.unreadable, 0.0)
+    order = np.argsort(-seq_lens, kind="stable")
+    # At least one block keeps shapes non-empty.
+    num_blocks = np.maximum(1, -(-seq_lens[order].astype(np.int64) // block_size))
+    first = 0
+    while first < len(order):
+        length = int(num_blocks[first]) * block_size
+        at_once = min(
+            _MAX_GATHERED_ELEMENTS // (kv_heads * length * width),
+            _MAX_SCORE_ELEMENTS // (num_heads * length * query_len),
+        )
+        padding = np.cumsum(num_blocks[first] - num_blocks[first : first + max(1, at_once)])
+        padded_elements = padding * (kv_heads * block_size * width)
+        count = int(np.searchsorted(padded_elements, _MAX_PADDING_ELEMENTS, side="right"))
+        yield order[first : first + count], int(num_blocks[first])
+        first += count
+
+
+def _readable(
+    seq_lens: IntArray, query_len: int, length: int, window: int
+) -> npt.NDArray[np.bool_]:
+    """Positions that any query of a sequence sees, ``(sequences, length)``."""
+    positions = np.arange(length)
+    readable: npt.NDArray[np.bool_] = positions < seq_lens[:, None]
+    if window:
+        readable &= positions > seq_lens[:, None] - query_len - window
+    return readable
+
+
+def _pieces(
+    metadata: AttentionMetadata,
+    sequences: torch.Tensor,
+    tokens: torch.Tensor,
+    num_heads: int,
+    length: int,
+    window: int,
+) -> list[_Piece]:
+    """Queries ``tokens`` ``(sequences, query_len)`` in pieces whose scores are few enough."""
+    num_sequences, query_len = tokens.shape
+    device = tokens.device
+    at_once = max(1, _MAX_SCORE_ELEMENTS // (num_heads * length * num_sequences))
+    positions = torch.arange(length, device=device)
+    # A sequence's new tokens are its last ones.
+    starts = metadata.seq_lens[sequences].long()[:, None] - query_len
+    pieces = []
+    for first in range(0, query_len, at_once):
+        own = tokens[:, first : first + at_once]
+        steps = torch.arange(first, first + own.shape[1], device=device)
+        query_positions = (starts + steps)[..., None]
+        hidden = positions > query_positions
+        if window:
+            hidden |= positions <= query_positions - window
+        pieces.append(_Piece(own, hidden[:, None, None]))
+    return pieces
+
+
+def _gather(cache: torch.Tensor, context: _Context) -> torch.Tensor:
+    """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``."""
+    num_blocks, kv_heads, block_size, dim = cache.shape
+    row = block_size * dim
+    if cache.stride()[1:] == (row, dim, 1) and cache.stride(0) % row == 0:
+        # Pages of whole rows: selecting rows takes a third of the time of indexing on a CPU.
+        rows_per_page = cache.stride(0) // row
+        num_rows = (num_blocks - 1) * rows_per_page + kv_heads
+        rows = cache.as_strided((num_rows, row), (row, 1))
+        gathered = rows.index_select(0, context.rows(rows_per_page))
+    else:
+        # Indexing heads too puts them before the blocks in the same copy.
+        gathered = cache[context.block_ids, context.heads]
+    return gathered.view(context.block_ids.shape[0], kv_heads, -1, dim).float()
+
+
+def _clean(values: torch.Tensor, context: _Context) -> None:
+    """Zero gathered values where nobody may look.
+
+    Unwritten slots may hold NaN, and a weight of 0 would not do, since 0 * NaN is NaN. Keys can
+    stay as they are: their scores are overwritten.
+    """
+    if context.unclean_rows is None:
+        return
+    block_size, dim = context.unreadable.shape[2], values.shape[-1]
+    rows = values.view(-1, block_size * dim)
+    unclean = rows.index_select(0, context.unclean_rows)
+    by_head = unclean.view(context.unreadable.shape[0], -1, block_size, dim)
+    by_head.masked_fill_(context.unreadable, 0.0)
+    rows.index_copy_(0, context.unclean_rows, unclean)
 
 
 def _attend(
@@ -190,7 +291,7 @@ def _attend(
     scores = (q_rows * scale @ keys.transpose(-1, -2)).view(*grouped, length)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill_(piece.hidden, float("-inf"))
+    scores.masked_fill_(piece.hidden, float("-inf"))
     # A padding row sees nothing: its weights must come out 0, not exp(-inf - -inf).
     highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     if grouped_sinks is not None:
