@@ -1,11 +1,13 @@
 """Totals an engine keeps while it runs, under the stems of the metrics' names.
 
-Owns the counters and the accounting of KV memory that is allocated but unfilled. Knows nothing of
-how they are shown. Imports no torch.
+Owns the counters, the accounting of KV memory that is allocated but unfilled, and histograms. Knows
+nothing of how they are shown. Imports no torch.
 """
 
+import bisect
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -58,3 +60,56 @@ class EngineTotals:
 
 def _unfilled(num_slots: int, num_filled: int) -> float:
     return 1.0 - num_filled / num_slots if num_slots else 0.0
+
+
+class Histogram:
+    """Counts of values, by upper bounds.
+
+    Attributes:
+        bounds: ascending; the last bucket, without a bound, follows them.
+        counts: values in each bucket, not cumulated: ``len(bounds) + 1`` of them.
+        sum: of all values.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Count nothing yet; ``bounds`` must ascend."""
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count ``value``."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        """How many values were counted."""
+        return sum(self.counts)
+
+    def copy(self) -> "Histogram":
+        """The same counts, which stay as they are."""
+        copied = Histogram(self.bounds)
+        copied.counts = list(self.counts)
+        copied.sum = self.sum
+        return copied
+
+    def quantile(self, share: float) -> float:
+        """The value below which ``share`` (0 to 1) of all lie, interpolated within its bucket.
+
+        0 without values; the highest bound where it lies beyond.
+        """
+        wanted = share * self.count
+        below = 0.0
+        num_below = 0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if count and num_below + count >= wanted:
+                return below + (bound - below) * (wanted - num_below) / count
+            num_below += count
+            below = bound
+        return below if num_below < self.count else 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Count, sum, and the 50th, 90th and 99th percentile."""
+        percentiles = {f"p{percent}": self.quantile(percent / 100) for percent in (50, 90, 99)}
+        return {"count": self.count, "sum": self.sum, **percentiles}

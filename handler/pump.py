@@ -35,6 +35,7 @@ from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.openai_responses import Response, error_body, error_event
 from pagetier.handler.openai_schemas import parse_json
 from pagetier.handler.request import AddRequest, RequestOutput, StatsReply
+from pagetier.handler.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ class Pump:
         inbox: Inbox,
         *,
         max_num_queued_reqs: int,
+        log: RequestLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Serve ``api`` from ``engine``, whose messages come to ``inbox``.
@@ -171,9 +173,11 @@ class Pump:
             api: parses and formats them.
             inbox: brings what comes of them.
             max_num_queued_reqs: so many may wait for their first token; more are refused.
+            log: is told when requests begin and end.
             clock: seconds that never go back.
         """
         self._engine = engine
+        self._log = log or RequestLog(clock)
         self._api = api
         self._inbox = inbox
         self._max_waiting = max_num_queued_reqs
@@ -249,7 +253,7 @@ class Pump:
             if not going or self._num_quiet_ticks <= patience:
                 return
             logger.info("the frontend is silent: aborting %d open requests", len(going))
-            self._engine.abort([r.request_id for r in going])
+            self._abort([r.request_id for r in going], "abort")
             # Should it call for them again after all, they are told.
             for request in going:
                 request.error = EngineError("The server was interrupted; send this again.")
@@ -306,6 +310,7 @@ class Pump:
                 f"{self._num_waiting} requests are waiting, as many as may; try again in a moment."
             )
         response = self._routes[route](request_id, _body(incoming, is_plain=not route))
+        self._log.started(response.request)
         self._engine.add(response.request)
         self._open[request_id] = _Open(request_id, response)
         self._num_waiting += 1
@@ -326,13 +331,17 @@ class Pump:
             logger.info("aborting %d requests whose clients have left", len(gone))
             for request_id in gone:
                 self._forget(request_id)
-            self._engine.abort(gone)
+            self._abort(gone, "abort")
 
     def _forget(self, request_id: str) -> None:
         request = self._open.pop(request_id)
         self._ready.pop(request_id, None)
         if not request.has_output:
             self._num_waiting -= 1
+
+    def _abort(self, request_ids: list[str], reason: str) -> None:
+        self._log.ended(request_ids, reason)
+        self._engine.abort(request_ids)
 
     # --- what the engine says ----------------------------------------------------------------
 
@@ -350,10 +359,10 @@ class Pump:
                 continue
             try:
                 if request.response.add(output):
-                    self._engine.abort([output.request_id])
+                    self._abort([output.request_id], "stop")
             except Exception:
                 logger.exception("request %s broke while it was answered", output.request_id)
-                self._engine.abort([output.request_id])
+                self._abort([output.request_id], "error")
                 request.error = _own_fault()
 
     # --- replies -----------------------------------------------------------------------------
@@ -363,7 +372,7 @@ class Pump:
             return self._tell(request, index)
         except Exception:
             logger.exception("request %s broke while it was answered", request.request_id)
-            self._engine.abort([request.request_id])
+            self._abort([request.request_id], "error")
             self._open.pop(request.request_id, None)
             as_end = error_event if request.response.stream else error_body
             return Reply(index, as_end(_own_fault()), True)
@@ -405,7 +414,11 @@ class Pump:
             return None  # who asked has left
         request_id = asking[0]
         del self._asked[request_id]
-        body: dict[str, Any] = {**reply.stats, "num_requests_open": self.num_open}
+        body: dict[str, Any] = {
+            **reply.stats,
+            **self._log.stats(),
+            "num_requests_open": self.num_open,
+        }
         if with_trace:
             body["trace"] = reply.trace
         return Reply(index_of[request_id], msgspec.json.encode(body), None, content_type=JSON)

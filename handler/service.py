@@ -22,8 +22,12 @@ from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
 from pagetier.handler.errors import ConfigError, EngineError
+from pagetier.handler.metrics import Histogram
+from pagetier.handler.metrics_export import MetricsExporter, start_exporting
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import TICK_SECONDS, WAIT_SECONDS, Inbox, Incoming, Pump, Reply
+from pagetier.handler.request import RequestOutput
+from pagetier.handler.request_log import RequestLog
 from pagetier.handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,7 @@ class PagetierHandler:
         self._pump: Pump | None = None
         self._engine: EngineClient | None = None
         self._inbox = Inbox()
+        self._log = RequestLog()
 
     def initialize(self, context: Any) -> None:
         """Start the engine, as the ``handler:`` section of the archive's configuration says.
@@ -73,7 +78,7 @@ class PagetierHandler:
             loading = pool.submit(Tokenizer.load, config)
             self._engine = EngineClient(
                 config,
-                on_outputs=self._inbox.put,
+                on_outputs=self._take_outputs,
                 on_stats=self._inbox.put,
                 on_death=self._inbox.put_death,
                 builder=self.engine_builder,
@@ -88,8 +93,14 @@ class PagetierHandler:
             eos_token_ids=ready.eos_token_ids,
         )
         self._pump = Pump(
-            self._engine, api, self._inbox, max_num_queued_reqs=config.max_num_queued_reqs
+            self._engine,
+            api,
+            self._inbox,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            log=self._log,
         )
+        engine = self._engine
+        start_exporting(MetricsExporter(api.model_name), self._read_metrics, lambda: engine.alive)
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         logger.info("pagetier serves %s: %s", api.model_name, ready.info)
 
@@ -124,6 +135,16 @@ class PagetierHandler:
         """End the engine process."""
         if self._engine is not None:
             self._engine.close()
+
+    def _take_outputs(self, outputs: list[RequestOutput]) -> None:
+        self._log.take(outputs)
+        self._inbox.put(outputs)
+
+    def _read_metrics(self) -> tuple[dict[str, Any], dict[str, Histogram]]:
+        """What is exported; raises ``EngineDead`` if the engine does not answer."""
+        assert self._engine is not None
+        stats = {**self._engine.stats().stats, **self._log.stats()}
+        return stats, self._log.histograms()
 
     def _watch(self) -> None:
         """Notice clients that left together, and the engine's death."""

@@ -40,6 +40,7 @@ from pagetier.handler.errors import LaunchError, ModelError
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
+METRICS_CONFIG = Path(__file__).with_name("metrics.yaml")
 LOG_NAME = "pagetier.log"
 
 _ADDRESS_KEYS = ("inference_address", "management_address", "metrics_address")
@@ -303,6 +304,7 @@ class TorchServe:
         ]
         if _java_version(java) >= 23:
             vm_options.append("--sun-misc-unsafe-memory-access=allow")
+        properties["metrics_config"] = str(METRICS_CONFIG.resolve())
         config = run_dir / "config.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         models = [f"{archive.stem}={archive.name}" for archive in self.archives]

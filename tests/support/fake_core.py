@@ -10,6 +10,7 @@ from typing import Any
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ModelError, QueueFull
+from pagetier.handler.metrics_export import COUNTERS, GAUGES
 from pagetier.handler.request import AddRequest, RequestOutput, TokenLogprobs
 
 VOCAB_SIZE = 400
@@ -89,6 +90,7 @@ class FakeCore:
 
     def stats(self) -> dict[str, Any]:
         return {
+            **dict.fromkeys((*GAUGES, *COUNTERS), 0),
             "num_requests_running": len(self._requests),
             "num_steps": self._num_steps,
             "num_aborted": self._num_aborted,
