@@ -21,6 +21,7 @@ from pagetier.handler.model_runner import ModelRunner
 from pagetier.handler.request import AddRequest, SamplingParams, Sequence
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import ScheduledSequence, StepPlan
+from pagetier.handler.units import format_bytes
 from pagetier.offload import host_memory
 from pagetier.offload.calibrate import measure_link, measure_prefill
 from pagetier.offload.cost_model import CostModel
@@ -101,8 +102,8 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     }
     say(
         f"KV cache: {sizes.num_gpu_blocks} blocks of {config.block_size} tokens on "
-        f"{model.device.type} ({_gib(sizes.num_gpu_blocks * layout.block_bytes)}), "
-        f"{num_cpu_blocks} in host memory ({_gib(num_cpu_blocks * layout.block_bytes)}, "
+        f"{model.device.type} ({format_bytes(sizes.num_gpu_blocks * layout.block_bytes)}), "
+        f"{num_cpu_blocks} in host memory ({format_bytes(num_cpu_blocks * layout.block_bytes)}, "
         f"{host.rung}); sequences of up to {sizes.max_model_len} tokens"
     )
     return EngineCore(
@@ -214,7 +215,3 @@ def _calibrate(
     )
     flops = shape.recompute_seconds(num_tokens)  # at one FLOP per second
     return dataclasses.replace(shape, flops_per_second=flops / seconds)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

@@ -28,7 +28,7 @@ from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import TICK_SECONDS, WAIT_SECONDS, Inbox, Incoming, Pump, Reply
 from pagetier.handler.request import RequestOutput
 from pagetier.handler.request_log import RequestLog
-from pagetier.handler.tokenizer import Tokenizer
+from pagetier.handler.tokenizer import Tokenizer, check_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class PagetierHandler:
     def _start(self, context: Any) -> None:
         model_dir = context.system_properties["model_dir"]
         config = read_config(context.model_yaml_config, model_dir)
+        if Path(config.model, "config.json").is_file():
+            check_tokenizer_files(config)
         # Both take seconds, so one beside the other. If both fail, the engine's reason is told: it
         # is the clearer one when there is no model at all.
         with ThreadPoolExecutor(1) as pool:

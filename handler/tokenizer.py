@@ -13,11 +13,13 @@ with and without the new ones; the difference is what they add, spaces included.
 import codecs
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 from tokenizers import decoders
 
 from pagetier.handler.config import EngineConfig
@@ -34,6 +36,25 @@ _MAX_HELD_TOKENS = 3
 _USUAL_TOKEN_CHARACTERS = 8
 _SLICE_CHARACTERS = 16384
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Any of these may be what a tokenizer is made from. Without one, transformers makes an empty one.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "tiktoken.model",
+)  # fmt: skip
+
+
+def check_tokenizer_files(config: EngineConfig) -> None:
+    """Raise ``ModelError`` if the tokenizer's folder is there but holds no tokenizer.
+
+    It takes no time, so a start can fail of it before the model is loaded.
+    """
+    name = config.tokenizer or config.model
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(
+            f"The folder {name!r} holds no tokenizer; put its tokenizer.json there, or name "
+            "another folder or hub id with the setting 'tokenizer'."
+        )
 
 
 class Tokenizer:
@@ -86,6 +107,7 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
+        check_tokenizer_files(config)
         name = config.tokenizer or config.model
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -95,7 +117,11 @@ class Tokenizer:
             # transformers raises many kinds of exceptions here, most with pages of text.
             logger.debug("AutoTokenizer.from_pretrained failed", exc_info=True)
             reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-            raise ModelError(f"The tokenizer of {name!r} cannot be read: {reason}") from exc
+            if reason.endswith(":"):  # a list follows
+                reason = "none of its files can be used"
+            raise ModelError(
+                f"The tokenizer of {name!r} cannot be read: {reason.rstrip('.')}."
+            ) from exc
         template = None
         if config.chat_template is not None:
             try:
@@ -148,8 +174,12 @@ class Tokenizer:
                     param="prompt",
                 )
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
         """The chat as one text that ends where the assistant's answer begins.
+
+        Without ``add_generation_prompt`` it ends with the last message.
 
         Raises:
             InvalidRequest: there is no chat template, or it refuses these messages.
@@ -165,12 +195,13 @@ class Tokenizer:
                 [dict(m) for m in messages],
                 chat_template=self._chat_template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as exc:
             # A template is a program that may fail in any way, mostly for what it was given.
+            reason = (str(exc).strip() or type(exc).__name__).splitlines()[0][:200].rstrip(".")
             raise InvalidRequest(
-                f"The chat template refuses these messages: {exc}", param="messages"
+                f"The chat template refuses these messages: {reason}.", param="messages"
             ) from exc
         return str(text)
 
@@ -193,15 +224,33 @@ class Tokenizer:
         # decoded, since it stands at the start of the text.
         return str(token).replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
 
-    def decoder(self, prompt_token_ids: Sequence[int] = ()) -> "IncrementalDecoder":
+    def with_bad_word_tokens(self, params: SamplingParams) -> SamplingParams:
+        """``params`` with token ids in the place of texts among ``bad_words``.
+
+        A word has other tokens after a space than at the start of a text, so it stands for both,
+        whether it is given with a space in front or without.
+        """
+        words: list[tuple[int, ...]] = []
+        for word in params.bad_words or ():
+            if not isinstance(word, str):
+                words.append(tuple(word))
+                continue
+            bare = word.lstrip(" ")
+            variants = (self.encode(text, add_special_tokens=False) for text in (bare, " " + bare))
+            words += [ids for ids in dict.fromkeys(map(tuple, variants)) if ids]
+        return msgspec.structs.replace(params, bad_words=words)
+
+    def decoder(
+        self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> "IncrementalDecoder":
         """A decoder of one output, which follows ``prompt_token_ids``."""
         if self._token_bytes is not None:
-            return _ByteLevelDecoder(self._text_bytes)
-        return _WindowDecoder(self, prompt_token_ids)
+            return _ByteLevelDecoder(self._text_bytes if skip_special_tokens else self._token_bytes)
+        return _WindowDecoder(self, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
 
 class IncrementalDecoder(Protocol):
-    """Turns tokens into text as they come; special tokens have none."""
+    """Turns tokens into text as they come; special tokens have none, unless they are wanted."""
 
     def add(self, token_ids: Sequence[int]) -> str:
         """The text that ``token_ids`` add; half a character is held back."""
@@ -235,8 +284,14 @@ class _ByteLevelDecoder:
 class _WindowDecoder:
     """Shows what new tokens add to a window: ``ids[start:shown]`` is shown, the rest is not yet."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
-        self._decode = tokenizer.decode
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._decode = functools.partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._ids = list(prompt_token_ids[-_PROMPT_WINDOW:])
         self._num_shown = len(self._ids)
 
@@ -311,8 +366,10 @@ class _StopString:
         while length and char != self.text[length]:
             length = self._borders[length]
         length += char == self.text[length]
-        self.num_matched = length
-        return length == len(self.text)
+        is_complete = length == len(self.text)
+        # A complete one may be passed over; the next may begin inside it.
+        self.num_matched = self._borders[length] if is_complete else length
+        return is_complete
 
 
 class StopChecker:
@@ -322,21 +379,27 @@ class StopChecker:
     one that is complete first, and of several complete at once the longest.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        """Look for the non-empty texts ``stop``."""
+    def __init__(self, stop: Sequence[str], *, shows_found: bool = False) -> None:
+        """Look for the non-empty texts ``stop``; ``shows_found``: what is found is shown too."""
         self._stops = [_StopString(s) for s in stop]
+        self._shows_found = shows_found
         self._held = ""
         self.found: str | None = None
 
-    def add(self, text: str) -> str:
-        """The text that can be shown now; none after ``found`` is set, and no stop string ever."""
+    def add(self, text: str, *, may_stop: bool = True) -> str:
+        """The text that can be shown now; none after ``found`` is set.
+
+        Args:
+            text: what has come.
+            may_stop: False passes over a stop string that is complete in ``text``, and shows it.
+        """
         buffer = self._held + text
         for position, char in enumerate(text, start=len(self._held) + 1):
             complete = [stop.text for stop in self._stops if stop.add(char)]
-            if complete:
+            if complete and may_stop:
                 self.found = max(complete, key=len)
                 self._held = ""
-                return buffer[: position - len(self.found)]
+                return buffer[: position - (0 if self._shows_found else len(self.found))]
         num_held = max((stop.num_matched for stop in self._stops), default=0)
         self._held = buffer[len(buffer) - num_held :]
         return buffer[: len(buffer) - num_held]
@@ -379,6 +442,8 @@ class OutputAssembler:
 
     __slots__ = (
         "_decoder",
+        "_min_tokens",
+        "_shows_stop",
         "_stops",
         "finish_reason",
         "num_cached_tokens",
@@ -390,8 +455,14 @@ class OutputAssembler:
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        self._decoder = tokenizer.decoder(prompt_token_ids)
-        self._stops = StopChecker(params.stop) if params.stop else None
+        self._decoder = tokenizer.decoder(
+            prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        self._shows_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._stops = (
+            StopChecker(params.stop, shows_found=self._shows_stop) if params.stop else None
+        )
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
@@ -408,14 +479,16 @@ class OutputAssembler:
         if self._stops is None and output.finish_reason is None:
             self.num_output_tokens += len(token_ids)
             return OutputDelta(self._decoder.add(token_ids), token_ids, logprobs)
-        # The token that ended the output is counted, but is no part of its text.
-        with_text = token_ids[:-1] if output.finish_reason == "stop" else token_ids
+        # The token that ended the output is counted, but is no part of its text unless asked for.
+        is_hidden = output.finish_reason == "stop" and not self._shows_stop
+        with_text = token_ids[:-1] if is_hidden else token_ids
         if self._stops is None:
             text = self._decoder.add(with_text)
         else:
             text = ""
             for position, token_id in enumerate(with_text, start=1):
-                text += self._stops.add(self._decoder.add((token_id,)))
+                may_stop = self.num_output_tokens + position > self._min_tokens
+                text += self._stops.add(self._decoder.add((token_id,)), may_stop=may_stop)
                 if self._stops.found is not None:
                     self.finish_reason = "stop"
                     self.num_output_tokens += position

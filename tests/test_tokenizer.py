@@ -1,5 +1,6 @@
 import functools
 import itertools
+import re
 import time
 
 import pytest
@@ -223,6 +224,25 @@ def test_missing_files_are_told_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="chat template") as caught:
         Tokenizer.load(EngineConfig(model=str(tmp_path), chat_template=str(tmp_path / "no.jinja")))
     assert caught.value.param == "chat_template"
+
+
+def test_folder_without_a_tokenizer_is_named_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        Tokenizer.load(EngineConfig(model=str(tmp_path)))
+    assert caught.value.message == (
+        f"The folder {str(tmp_path)!r} holds no tokenizer; put its tokenizer.json there, or name "
+        "another folder or hub id with the setting 'tokenizer'."
+    )
+
+
+def test_broken_tokenizer_is_told_in_a_whole_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_text("no model")
+    with pytest.raises(ModelError) as caught:
+        Tokenizer.load(EngineConfig(model=str(tmp_path)))
+    message = caught.value.message
+    assert re.fullmatch(r"The tokenizer of '.*' cannot be read: [^\n]*[^:.]\.", message), message
 
 
 def test_slow_tokenizer_is_refused():
