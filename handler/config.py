@@ -42,6 +42,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_num_batched_tokens: most tokens in a step; longer prompts go in chunks.
         scheduling_policy: ``fcfs``, or ``priority`` (lower numbers first, then arrival).
         max_num_queued_reqs: most requests waiting; one more is refused with 429.
+        max_num_queued_tokens: most tokens of prompts waiting, likewise; one request alone may have
+            more.
+        enable_drain: serve the routes ``drain`` and ``resume``, to whoever has the key.
         served_model_name: what clients call the model; None takes the archive's name.
         chat_template: path of a Jinja template, instead of the tokenizer's own.
         trust_remote_code: run code that comes with the model.
@@ -67,6 +70,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: int = 2048
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 1_000_000
+    enable_drain: bool = True
     served_model_name: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
@@ -125,7 +130,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "above 0 and at most 1",
         )
         require(0.0 <= self.swap_space < float("inf"), "swap_space", "0 GiB or more")
-        for key in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+        for key in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_queued_reqs",
+            "max_num_queued_tokens",
+        ):
             require(getattr(self, key) >= 1, key, "1 or more")
         require(self.max_overtaken >= 0, "max_overtaken", "0 or more")
         require(

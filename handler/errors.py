@@ -11,6 +11,7 @@
     │   └── NotFound            404  unknown route or model
     ├── QueueFull               429  try again later
     ├── DeadlineExceeded        504  the request's own timeout passed
+    ├── Draining                503  no requests are taken any more; another server may
     └── EngineDead              503  the engine process is gone; the server restarts it
 
 Messages are one clear sentence: what is wrong, with the value, and what to do. They reach users
@@ -27,6 +28,8 @@ class EngineError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    # Seconds after which the same request may succeed, where that can be said.
+    retry_after: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -82,6 +85,15 @@ class DeadlineExceeded(EngineError):
 
     status = 504
     type = "timeout_error"
+
+
+class Draining(EngineError):
+    """The server takes no new requests, since it is about to be stopped."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "draining"
+    retry_after = 5
 
 
 class EngineDead(EngineError):

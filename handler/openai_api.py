@@ -5,6 +5,7 @@ Owns defaults and checks of the completions, chat and plain prediction routes. T
 TorchServe, or of when tokens are made.
 """
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,11 @@ from pagetier.handler.openai_responses import (
 )
 from pagetier.handler.openai_schemas import (
     ChatBody,
+    ChatMessage,
     CommonFields,
     CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
     plain_message,
     read_body,
     short,
@@ -30,10 +34,15 @@ from pagetier.handler.openai_schemas import (
 from pagetier.handler.request import AddRequest, SamplingParams
 from pagetier.handler.tokenizer import Tokenizer
 
+MAX_CHOICES = 128
 MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_TIMEOUT_SECONDS = 86400
+MAX_CLIENT_ID_CHARACTERS = 128
 # OpenAI's default for completions; a chat's answer may be as long as the model allows.
 DEFAULT_MAX_TOKENS = 16
 
+_CLIENT_ID = re.compile(rf"[\w.:-]{{1,{MAX_CLIENT_ID_CHARACTERS}}}", re.ASCII)
 _json = msgspec.json.Encoder().encode
 
 
@@ -73,12 +82,21 @@ class OpenAIApi:
         self._check_model(name)
         return _json(self._model_card())
 
-    def completion(self, request_id: str, body: Any) -> "Response":
-        """Parse the body of ``v1/completions``; raises ``InvalidRequest``."""
-        fields = read_body(body, CompletionBody)
-        return self._complete(request_id, fields, CompletionResponse)
+    def completion(self, request_id: str, body: Any, client_id: str | None = None) -> Response:
+        """Parse the body of ``v1/completions``.
 
-    def prediction(self, request_id: str, body: Any) -> "Response":
+        Args:
+            request_id: names the request; those of several prompts get a number at its end.
+            body: parsed JSON.
+            client_id: what the client calls the request, for the response's ``id``.
+
+        Raises:
+            InvalidRequest: the body is wrong.
+        """
+        fields = read_body(body, CompletionBody)
+        return self._complete(request_id, fields, CompletionResponse, client_id)
+
+    def prediction(self, request_id: str, body: Any, client_id: str | None = None) -> Response:
         """Parse the body of the plain prediction route: text, or a completion's fields.
 
         Raises:
@@ -87,20 +105,15 @@ class OpenAIApi:
         if isinstance(body, str):
             body = {"prompt": body}
         fields = read_body(body, CompletionBody)
-        return self._complete(request_id, fields, PredictionResponse)
+        return self._complete(request_id, fields, PredictionResponse, client_id)
 
-    def chat(self, request_id: str, body: Any) -> "Response":
+    def chat(self, request_id: str, body: Any, client_id: str | None = None) -> Response:
         """Parse the body of ``v1/chat/completions``; raises ``InvalidRequest``."""
         fields = read_body(without_null_message_fields(body), ChatBody)
         self._check_model(fields.model)
-        if not fields.messages:
-            raise InvalidRequest("messages must not be empty.", param="messages")
         if fields.top_logprobs is not None and not fields.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
-        text = self._tokenizer.render_chat([plain_message(m) for m in fields.messages])
-        prompt_ids = self._tokenizer.encode(
-            text, add_special_tokens=False, max_tokens=self.max_model_len
-        )
+        prompt_ids = self._encode_chat(fields.messages)
         max_tokens, param = fields.max_tokens, "max_tokens"
         if fields.max_completion_tokens is not None:
             max_tokens, param = fields.max_completion_tokens, "max_completion_tokens"
@@ -111,7 +124,43 @@ class OpenAIApi:
             self._room(len(prompt_ids), max_tokens, "messages", param, default=None),
             (fields.top_logprobs or 0) if fields.logprobs else None,
         )
-        return self._respond(request, fields, ChatResponse)
+        return self._respond([request], fields, ChatResponse, client_id or request_id)
+
+    def tokenize(self, body: Any) -> bytes:
+        """Answer a body of ``tokenize`` as vLLM does; raises ``InvalidRequest``."""
+        fields = read_body(without_null_message_fields(body), TokenizeBody)
+        self._check_model(fields.model)
+        if (fields.prompt is None) == (fields.messages is None):
+            raise InvalidRequest("Give either prompt or messages.", param="prompt")
+        if fields.messages is not None:
+            token_ids = self._encode_chat(
+                fields.messages,
+                add_generation_prompt=fields.add_generation_prompt,
+                # The template writes what the model expects.
+                add_special_tokens=fields.add_special_tokens is True,
+            )
+        else:
+            assert fields.prompt is not None
+            token_ids = self._tokenizer.encode(
+                fields.prompt,
+                add_special_tokens=fields.add_special_tokens is not False,
+                max_tokens=self.max_model_len,
+            )
+        texts = [self._tokenizer.token_bytes(t).decode(errors="replace") for t in token_ids]
+        return _json({
+            "count": len(token_ids),
+            "max_model_len": self.max_model_len,
+            "tokens": token_ids,
+            "token_strs": texts if fields.return_token_strs else None,
+        })  # fmt: skip
+
+    def detokenize(self, body: Any) -> bytes:
+        """Answer a body of ``detokenize`` as vLLM does; raises ``InvalidRequest``."""
+        fields = read_body(body, DetokenizeBody)
+        self._check_model(fields.model)
+        self._check_token_ids(fields.tokens, "tokens")
+        text = self._tokenizer.decode(fields.tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
 
     # --- the rest is private -----------------------------------------------------------------
 
@@ -127,50 +176,99 @@ class OpenAIApi:
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
             raise NotFound(
-                f"The model {name!r} is not served here; the name of this one is "
+                f"The model {short(name)} is not served here; the name of this one is "
                 f"{self.model_name!r}.",
                 param="model",
             )
 
     def _complete(
-        self, request_id: str, fields: CompletionBody, kind: "type[Response]"
-    ) -> "Response":
+        self,
+        request_id: str,
+        fields: CompletionBody,
+        kind: type[Response],
+        client_id: str | None,
+    ) -> Response:
         self._check_model(fields.model)
-        prompt_ids = self._prompt_ids(fields.prompt)
-        max_tokens = self._room(
-            len(prompt_ids), fields.max_tokens, "prompt", "max_tokens", default=DEFAULT_MAX_TOKENS
-        )
-        request = self._request(request_id, fields, prompt_ids, max_tokens, fields.logprobs)
-        return self._respond(request, fields, kind)
-
-    def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-            prompt = prompt[0]
-        if isinstance(prompt, list) and any(isinstance(p, str | list) for p in prompt):
+        prompts = _prompts(fields.prompt)
+        if len(prompts) > 1 and kind is PredictionResponse:
             raise InvalidRequest(
-                "Several prompts in one request are not supported yet; send one request each.",
+                "This route takes one prompt; send several to v1/completions.", param="prompt"
+            )
+        if len(prompts) > MAX_CHOICES:
+            raise InvalidRequest(
+                f"There are {len(prompts)} prompts, but one request takes at most {MAX_CHOICES}; "
+                "send several requests.",
                 param="prompt",
             )
-        if prompt in ("", []):
+        requests = []
+        for number, prompt in enumerate(prompts):
+            prompt_ids = self._prompt_ids(prompt)
+            max_tokens = self._room(
+                len(prompt_ids),
+                fields.max_tokens,
+                "prompt",
+                "max_tokens",
+                default=DEFAULT_MAX_TOKENS,
+            )
+            own_id = request_id if len(prompts) == 1 else f"{request_id}-{number}"
+            requests.append(
+                self._request(
+                    own_id,
+                    fields,
+                    prompt_ids,
+                    max_tokens,
+                    fields.logprobs,
+                    # OpenAI's way to ask for the prompt's log-probabilities.
+                    prompt_logprobs=fields.logprobs if fields.echo else None,
+                )
+            )
+        echo = None
+        if fields.echo:
+            echo = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in prompts]
+        return self._respond(requests, fields, kind, client_id or request_id, echo)
+
+    def _prompt_ids(self, prompt: str | list[Any]) -> list[int]:
+        if not prompt:
             raise InvalidRequest("The prompt must not be empty.", param="prompt")
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, max_tokens=self.max_model_len)
-        if not isinstance(prompt, list):
-            raise InvalidRequest(
-                f"$.prompt: expected text or a list of token ids, got {type(prompt).__name__}.",
-                param="prompt",
-            )
-        for token_id in prompt:
-            self._check_token_id(token_id, "prompt")
+        self._check_token_ids(prompt, "prompt")
         return prompt
 
-    def _check_token_id(self, token_id: Any, param: str) -> None:
-        if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
-            raise InvalidRequest(
-                f"{param}: token ids are whole numbers from 0 to {self._vocab_size - 1}, "
-                f"not {short(token_id)}.",
-                param=param,
-            )
+    def _encode_chat(
+        self,
+        messages: list[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        if not messages:
+            raise InvalidRequest("messages must not be empty.", param="messages")
+        text = self._tokenizer.render_chat(
+            [plain_message(m) for m in messages], add_generation_prompt=add_generation_prompt
+        )
+        return self._tokenizer.encode(
+            text, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len
+        )
+
+    def _check_token_ids(self, token_ids: list[Any], param: str) -> None:
+        # First, since it would take long to look at each of very many.
+        if len(token_ids) > self.max_model_len:
+            raise self._too_long(len(token_ids), param)
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                raise InvalidRequest(
+                    f"{param}: token ids are whole numbers from 0 to {self._vocab_size - 1}, "
+                    f"not {short(token_id)}.",
+                    param=param,
+                )
+
+    def _too_long(self, num_tokens: int, param: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"The prompt has {num_tokens} tokens, but this model takes at most "
+            f"{self.max_model_len}, at least one of them generated; shorten the prompt.",
+            param=param,
+        )
 
     def _room(
         self, num_prompt: int, wanted: int | None, prompt: str, param: str, default: int | None
@@ -178,11 +276,7 @@ class OpenAIApi:
         """How many tokens to generate; raises ``PromptTooLong`` if they do not fit."""
         room = self.max_model_len - num_prompt
         if room < 1:
-            raise PromptTooLong(
-                f"The prompt has {num_prompt} tokens, but this model takes at most "
-                f"{self.max_model_len}, at least one of them generated; shorten the prompt.",
-                param=prompt,
-            )
+            raise self._too_long(num_prompt, prompt)
         if wanted is None:
             return room if default is None else min(default, room)
         if wanted > room:
@@ -203,14 +297,20 @@ class OpenAIApi:
         prompt_ids: list[int],
         max_tokens: int,
         logprobs: int | None,
+        *,
+        prompt_logprobs: int | None = None,
     ) -> AddRequest:
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         if any(len(s) > MAX_STOP_CHARACTERS for s in stop):
             raise InvalidRequest(
                 f"stop: a text may have at most {MAX_STOP_CHARACTERS} characters.", param="stop"
             )
-        for token_id in fields.stop_token_ids or ():
-            self._check_token_id(token_id, "stop_token_ids")
+        if len(fields.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids may have at most {MAX_STOP_TOKEN_IDS} token ids.",
+                param="stop_token_ids",
+            )
+        self._check_token_ids(fields.stop_token_ids or [], "stop_token_ids")
         given = {
             name: value
             for name in ("temperature", "top_p", "seed", "stop_token_ids", "ignore_eos")
@@ -222,6 +322,7 @@ class OpenAIApi:
             stop=stop,
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             **given,
         )
         return AddRequest(
@@ -234,15 +335,65 @@ class OpenAIApi:
         )
 
     def _respond(
-        self, request: AddRequest, fields: CommonFields, kind: "type[Response]"
-    ) -> "Response":
+        self,
+        requests: list[AddRequest],
+        fields: CommonFields,
+        kind: type[Response],
+        response_id: str,
+        echo: list[str] | None = None,
+    ) -> Response:
         if fields.stream_options is not None and not fields.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
+        if fields.stream_options is not None and fields.stream_options.include_obfuscation:
+            raise InvalidRequest(
+                "stream_options.include_obfuscation is not supported yet; leave it out.",
+                param="stream_options",
+            )
+        if fields.timeout is not None and not 0 < fields.timeout <= MAX_TIMEOUT_SECONDS:
+            raise InvalidRequest(
+                f"timeout must be above 0 and at most {MAX_TIMEOUT_SECONDS} seconds, not "
+                f"{fields.timeout}.",
+                param="timeout",
+            )
+        if fields.request_id is not None and not is_client_id(fields.request_id):
+            raise InvalidRequest(
+                f"request_id must have 1 to {MAX_CLIENT_ID_CHARACTERS} letters, digits or "
+                f"'_', '.', ':', '-', not {short(fields.request_id)}.",
+                param="request_id",
+            )
         return kind(
-            request,
+            requests,
             self._tokenizer,
+            response_id=fields.request_id or response_id,
             model_name=self.model_name,
             created=int(self._clock()),
             stream=fields.stream,
             include_usage=fields.stream_options is not None and fields.stream_options.include_usage,
+            echo=echo,
+            timeout=fields.timeout,
         )
+
+
+def is_client_id(text: str) -> bool:
+    """Whether a client may call its request so; the name goes into headers and logs."""
+    return _CLIENT_ID.fullmatch(text) is not None
+
+
+def _prompts(prompt: Any) -> list[Any]:
+    """The prompts in a body's field: each a text or a list, the list's items unchecked."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise InvalidRequest(
+            f"$.prompt: expected text or a list of token ids, got {type(prompt).__name__}.",
+            param="prompt",
+        )
+    if not any(isinstance(p, str | list) for p in prompt):
+        return [prompt]
+    wrong = next((p for p in prompt if not isinstance(p, str | list)), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"$.prompt: expected texts or lists of token ids, got {short(wrong)} among them.",
+            param="prompt",
+        )
+    return prompt

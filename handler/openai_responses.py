@@ -3,10 +3,13 @@
 Owns the JSON of responses. Knows nothing of HTTP connections, of TorchServe, or of when tokens are
 made: a ``Response`` is fed with outputs and asked for bytes.
 
-A streamed chunk is built from parts that are encoded once per request, so that a token costs
-little more than the encoding of its text.
+A response has one choice or several: one for each of its requests to the engine (a body may hold
+several prompts) and, within a request, for each output that was asked for. A streamed chunk is
+built from parts that are encoded once per choice, so that a token costs little more than the
+encoding of its text.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +22,8 @@ from pagetier.handler.tokenizer import OutputAssembler, OutputDelta, Tokenizer
 MIN_LOGPROB = -9999.0
 
 _json = msgspec.json.Encoder().encode
+# A token, with its log-probability or, if it has none (the first of a prompt), as its id alone.
+_Scored = TokenLogprobs | int
 
 
 def error_body(error: EngineError) -> bytes:
@@ -38,69 +43,140 @@ def error_event(error: EngineError) -> bytes:
     return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
 
 
+class _Choice:
+    """One choice: its output, and what of it is not sent yet."""
+
+    __slots__ = (
+        "assembler",
+        "end",
+        "event_end",
+        "event_start",
+        "index",
+        "is_told",
+        "logprobs",
+        "num_logprob_characters",
+        "plain_end",
+        "prompt_logprobs",
+        "request",
+        "texts",
+    )
+
+    def __init__(self, index: int, request: AddRequest, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.request = request
+        self.assembler = OutputAssembler(tokenizer, request.prompt_token_ids, request.params)
+        self.texts: list[str] = []
+        self.logprobs: list[_Scored] | None = None if request.params.logprobs is None else []
+        self.num_logprob_characters = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.end: OutputDelta | None = None
+        self.is_told = False  # whether the stream has said how it ended
+        self.event_start = self.event_end = self.plain_end = b""
+
+    def take_text(self) -> str:
+        text = "".join(self.texts)
+        self.texts.clear()
+        return text
+
+
 class Response:
-    """The response to one request: takes outputs, gives bytes.
+    """The response to one body: takes outputs, gives bytes.
 
     A streamed response is read with ``opening`` once and ``take_events`` as often as there is
     something; a whole one with ``whole`` when ``finished``.
 
     Attributes:
-        request: what the engine is to be given.
+        requests: what the engine is to be given.
+        response_id: what the client calls it, or the server.
         stream: whether it is streamed.
-        finished: whether all outputs have come.
+        timeout: seconds it may take in all; None for ever.
     """
 
     id_prefix = ""
     object_name = ""
-    # What stands in a streamed choice before and after its text.
-    _text_open = b""
-    _text_close = b""
 
     def __init__(
         self,
-        request: AddRequest,
+        requests: Sequence[AddRequest],
         tokenizer: Tokenizer,
         *,
+        response_id: str,
         model_name: str,
         created: int,
-        stream: bool,
-        include_usage: bool,
+        stream: bool = False,
+        include_usage: bool = False,
+        echo: Sequence[str] | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self.request = request
+        """Answer one body.
+
+        Args:
+            requests: one for each of its prompts, in order.
+            tokenizer: of the model.
+            response_id: what follows the prefix in ``id``.
+            model_name: as clients know it.
+            created: seconds since 1970.
+            stream: whether the answer is streamed.
+            include_usage: whether a stream ends with a chunk that counts tokens.
+            echo: a text for each request, to stand before its output.
+            timeout: for whoever keeps the time.
+        """
+        self.requests = list(requests)
+        self.response_id = response_id
         self.stream = stream
-        self.finished = False
+        self.timeout = timeout
         self._tokenizer = tokenizer
-        self._assembler = OutputAssembler(tokenizer, request.prompt_token_ids, request.params)
         self._include_usage = include_usage
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
-        self._num_logprob_characters = 0
-        self._last: OutputDelta | None = None
+        self._echoes = echo is not None
+        self._choices = [_Choice(i, request, tokenizer) for i, request in enumerate(requests)]
+        self._choice_of = {choice.request.request_id: choice for choice in self._choices}
+        self._num_going = len(self._choices)
+        for choice, text in zip(self._choices, echo or (), strict=False):
+            choice.texts.append(text)
         self._head = {
-            "id": self.id_prefix + request.request_id,
+            "id": self.id_prefix + response_id,
             "object": self.object_name,
             "created": created,
             "model": model_name,
         }
         if stream:
-            start = _json(self._stream_head())
-            self._event_start = b"data: " + start[:-1] + b"," + self._text_open
+            start = b"data: " + _json(self._stream_head())[:-1] + b","
             usage = b',"usage":null' if include_usage else b""
-            self._event_end = self._choice_close() + usage + b"}\n\n"
-            self._plain_end = (
-                self._text_close + b',"logprobs":null,"finish_reason":null' + self._event_end
-            )
+            for choice in self._choices:
+                before, after, close = self._choice_frame(choice.index)
+                choice.event_start = start + before
+                choice.event_end = after
+                choice.plain_end = (
+                    after + b',"logprobs":null,"finish_reason":null' + close + usage + b"}\n\n"
+                )
+            self._chunk_end = close + usage + b"}\n\n"
+
+    @property
+    def request(self) -> AddRequest:
+        """The first, and mostly only, of ``requests``."""
+        return self.requests[0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all outputs have come."""
+        return self._num_going == 0
 
     def add(self, output: RequestOutput) -> bool:
         """Take an output; whether the engine must be told to stop, since a stop string came."""
-        delta = self._assembler.add(output)
+        choice = self._choice_of[output.request_id]
+        delta = choice.assembler.add(output)
         if delta.text:
-            self._texts.append(delta.text)
-        if self._logprobs is not None and delta.logprobs:
-            self._logprobs += delta.logprobs
-        if delta.finish_reason is not None and not self.finished:
-            self.finished = True
-            self._last = delta
+            choice.texts.append(delta.text)
+        if output.prompt_logprobs is not None:
+            choice.prompt_logprobs = output.prompt_logprobs
+            if self._echoes and choice.logprobs is not None:
+                choice.logprobs.append(choice.request.prompt_token_ids[0])
+                choice.logprobs += output.prompt_logprobs
+        if choice.logprobs is not None and delta.logprobs:
+            choice.logprobs += delta.logprobs
+        if delta.finish_reason is not None and choice.end is None:
+            choice.end = delta
+            self._num_going -= 1
         return delta.abort
 
     def opening(self) -> bytes:
@@ -109,19 +185,9 @@ class Response:
 
     def take_events(self) -> bytes:
         """Server-sent events for all that has come since the last call; may be empty."""
-        text = "".join(self._texts)
-        self._texts.clear()
+        events = b"".join([self._take_event(choice) for choice in self._choices])
         if not self.finished:
-            if not text and not self._logprobs:
-                return b""
-            if self._logprobs is None:
-                return self._event_start + _json(text) + self._plain_end
-            return self._event(text, "null")
-        assert self._last is not None
-        reason = (
-            _json(self._last.finish_reason) + b',"stop_reason":' + _json(self._last.stop_reason)
-        )
-        events = self._event(text, reason.decode())
+            return events
         if self._include_usage:
             events += b"data: " + _json(self._usage_chunk()) + b"\n\n"
         return events + b"data: [DONE]\n\n"
@@ -133,71 +199,137 @@ class Response:
 
     def whole(self) -> bytes:
         """The body of a whole response, once ``finished``."""
-        raise NotImplementedError
+        choices = [self._whole_choice(choice) for choice in self._choices]
+        return _json({**self._head, "choices": choices, "usage": self._usage()})
 
-    def _event(self, text: str, reason: str) -> bytes:
+    # --- the rest is private -----------------------------------------------------------------
+
+    def _take_event(self, choice: _Choice) -> bytes:
+        if choice.end is None:
+            if not choice.texts and not choice.logprobs:
+                return b""
+            text = choice.take_text()
+            if choice.logprobs is None:
+                return choice.event_start + _json(text) + choice.plain_end
+            reason = b"null"
+        else:
+            if choice.is_told:
+                return b""
+            choice.is_told = True
+            text = choice.take_text()
+            reason = (
+                _json(choice.end.finish_reason) + b',"stop_reason":' + _json(choice.end.stop_reason)
+            )
         return b"".join([
-            self._event_start,
+            choice.event_start,
             _json(text),
-            self._text_close,
+            choice.event_end,
             b',"logprobs":',
-            _json(self._take_logprobs()),
+            _json(self._take_logprobs(choice)),
             b',"finish_reason":',
-            reason.encode(),
-            self._event_end,
+            reason,
+            self._chunk_end,
         ])  # fmt: skip
 
     def _stream_head(self) -> dict[str, Any]:
         return self._head
 
-    def _choice_close(self) -> bytes:
-        return b"}]"
+    def _choice_frame(self, index: int) -> tuple[bytes, bytes, bytes]:
+        """What stands before a streamed choice's text, right after it, and at the choice's end."""
+        return b'"choices":[{"index":%d,"text":' % index, b"", b"}]"
+
+    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+        whole = {
+            "index": choice.index,
+            "text": choice.take_text(),
+            **self._choice_end(choice),
+        }
+        if choice.request.params.prompt_logprobs is not None and not self._echoes:
+            whole["prompt_logprobs"] = self._format_prompt_logprobs(choice)
+        return whole
 
     def _usage_chunk(self) -> dict[str, Any]:
         return {**self._stream_head(), "choices": [], "usage": self._usage()}
 
-    def _choice_end(self) -> dict[str, Any]:
-        assert self._last is not None, "the response is not finished"
+    def _choice_end(self, choice: _Choice) -> dict[str, Any]:
+        assert choice.end is not None, "the response is not finished"
         return {
-            "logprobs": self._take_logprobs(),
-            "finish_reason": self._last.finish_reason,
-            "stop_reason": self._last.stop_reason,
+            "logprobs": self._take_logprobs(choice),
+            "finish_reason": choice.end.finish_reason,
+            "stop_reason": choice.end.stop_reason,
         }
 
     def _usage(self) -> dict[str, Any]:
-        assembler = self._assembler
+        """Tokens counted: each prompt once, whatever the number of its outputs."""
+        of_prompts = {c.request.request_id: c.assembler for c in self._choices}.values()
+        num_prompt_tokens = sum(a.num_prompt_tokens for a in of_prompts)
+        num_output_tokens = sum(c.assembler.num_output_tokens for c in self._choices)
         return {
-            "prompt_tokens": assembler.num_prompt_tokens,
-            "completion_tokens": assembler.num_output_tokens,
-            "total_tokens": assembler.num_prompt_tokens + assembler.num_output_tokens,
-            "prompt_tokens_details": {"cached_tokens": assembler.num_cached_tokens},
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": num_prompt_tokens + num_output_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(a.num_cached_tokens for a in of_prompts)
+            },
         }
 
-    def _take_logprobs(self) -> dict[str, Any] | None:
-        if self._logprobs is None:
+    def _take_logprobs(self, choice: _Choice) -> dict[str, Any] | None:
+        if choice.logprobs is None:
             return None
-        taken, self._logprobs = self._logprobs, []
-        return self._format_logprobs(taken)
+        taken, choice.logprobs = choice.logprobs, []
+        return self._format_logprobs(choice, taken)
 
-    def _format_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def _format_logprobs(self, choice: _Choice, scored: list[_Scored]) -> dict[str, Any]:
         """The shape of completions: lists in parallel."""
-        tokens = [_token_text(self._tokenizer.token_bytes(lp.token_id)) for lp in logprobs]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._num_logprob_characters)
-            self._num_logprob_characters += len(token)
+        tokens: list[str] = []
+        token_logprobs: list[float | None] = []
+        top_logprobs: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        for entry in scored:
+            if isinstance(entry, TokenLogprobs):
+                token = self._token_text(entry.token_id)
+                token_logprobs.append(_finite(entry.logprob))
+                top_logprobs.append(self._alternatives(entry))
+            else:
+                token = self._token_text(entry)
+                token_logprobs.append(None)
+                top_logprobs.append(None)
+            tokens.append(token)
+            offsets.append(choice.num_logprob_characters)
+            choice.num_logprob_characters += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [_finite(lp.logprob) for lp in logprobs],
-            "top_logprobs": [
-                {
-                    _token_text(self._tokenizer.token_bytes(token_id)): _finite(value)
-                    for token_id, value in _alternatives(lp)
-                }
-                for lp in logprobs
-            ],
+            "token_logprobs": token_logprobs,
+            "top_logprobs": top_logprobs,
             "text_offset": offsets,
         }
+
+    def _alternatives(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The most likely tokens, and the chosen one if it is not among them."""
+        pairs = list(zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True))
+        if logprobs.token_id not in logprobs.top_token_ids:
+            pairs.append((logprobs.token_id, logprobs.logprob))
+        return {self._token_text(token_id): _finite(value) for token_id, value in pairs}
+
+    def _format_prompt_logprobs(self, choice: _Choice) -> list[dict[str, Any] | None]:
+        """vLLM's shape: for each token of the prompt but the first, alternatives by token id."""
+        scored: list[dict[str, Any] | None] = [None]
+        for entry in choice.prompt_logprobs or ():
+            pairs = dict(zip(entry.top_token_ids, entry.top_logprobs, strict=True))
+            pairs.setdefault(entry.token_id, entry.logprob)
+            scored.append(
+                {
+                    str(token_id): {
+                        "logprob": _finite(value),
+                        "decoded_token": self._token_text(token_id),
+                    }
+                    for token_id, value in pairs.items()
+                }
+            )
+        return scored
+
+    def _token_text(self, token_id: int) -> str:
+        return _token_text(self._tokenizer.token_bytes(token_id))
 
 
 class CompletionResponse(Response):
@@ -205,12 +337,6 @@ class CompletionResponse(Response):
 
     id_prefix = "cmpl-"
     object_name = "text_completion"
-    _text_open = b'"choices":[{"index":0,"text":'
-
-    def whole(self) -> bytes:
-        """The body of a whole response, once ``finished``."""
-        choice = {"index": 0, "text": "".join(self._texts), **self._choice_end()}
-        return _json({**self._head, "choices": [choice], "usage": self._usage()})
 
 
 class ChatResponse(Response):
@@ -218,37 +344,48 @@ class ChatResponse(Response):
 
     id_prefix = "chatcmpl-"
     object_name = "chat.completion"
-    _text_open = b'"choices":[{"index":0,"delta":{"content":'
-    _text_close = b"}"
 
     def opening(self) -> bytes:
-        """A chunk with the role, as OpenAI sends it."""
+        """A chunk for each choice, with the role, as OpenAI sends it."""
+        return b"".join([b"data: " + _json(self._opening(c)) + b"\n\n" for c in self._choices])
+
+    def _opening(self, choice: _Choice) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-        chunk = {**self._stream_head(), "choices": [choice]}
+        opened = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        chunk = {**self._stream_head(), "choices": [opened]}
         if self._include_usage:
             chunk["usage"] = None
-        return b"data: " + _json(chunk) + b"\n\n"
+        return chunk
 
     def whole(self) -> bytes:
         """The body of a whole response, once ``finished``."""
-        message = {"role": "assistant", "content": "".join(self._texts), "refusal": None}
-        choice = {"index": 0, "message": message, **self._choice_end()}
-        return _json({**self._head, "choices": [choice], "usage": self._usage()})
+        choices = [self._whole_choice(choice) for choice in self._choices]
+        body = {**self._head, "choices": choices, "usage": self._usage()}
+        if self.request.params.prompt_logprobs is not None:
+            body["prompt_logprobs"] = self._format_prompt_logprobs(self._choices[0])
+        return _json(body)
+
+    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.take_text(), "refusal": None}
+        return {"index": choice.index, "message": message, **self._choice_end(choice)}
 
     def _stream_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"}
 
-    def _format_logprobs(self, logprobs: list[TokenLogprobs]) -> dict[str, Any]:
+    def _choice_frame(self, index: int) -> tuple[bytes, bytes, bytes]:
+        return b'"choices":[{"index":%d,"delta":{"content":' % index, b"}", b"}]"
+
+    def _format_logprobs(self, choice: _Choice, scored: list[_Scored]) -> dict[str, Any]:
         content = [
             {
-                **self._token(lp.token_id, lp.logprob),
+                **self._token(entry.token_id, entry.logprob),
                 "top_logprobs": [
                     self._token(*pair)
-                    for pair in zip(lp.top_token_ids, lp.top_logprobs, strict=True)
+                    for pair in zip(entry.top_token_ids, entry.top_logprobs, strict=True)
                 ],
             }
-            for lp in logprobs
+            for entry in scored
+            if isinstance(entry, TokenLogprobs)
         ]
         return {"content": content, "refusal": None}
 
@@ -258,25 +395,20 @@ class ChatResponse(Response):
 
 
 class PredictionResponse(Response):
-    """The plain route's own, flat shape."""
-
-    _text_open = b'"text":'
+    """Of the plain route: flat, and of one choice."""
 
     def whole(self) -> bytes:
         """The body of a whole response, once ``finished``."""
-        body = {
-            **self._stream_head(),
-            "text": "".join(self._texts),
-            **self._choice_end(),
-            "usage": self._usage(),
-        }
-        return _json(body)
+        (choice,) = self._choices
+        whole = self._whole_choice(choice)
+        del whole["index"]
+        return _json({**self._stream_head(), **whole, "usage": self._usage()})
 
     def _stream_head(self) -> dict[str, Any]:
-        return {"model": self._head["model"]}
+        return {"id": self._head["id"], "model": self._head["model"]}
 
-    def _choice_close(self) -> bytes:
-        return b""
+    def _choice_frame(self, index: int) -> tuple[bytes, bytes, bytes]:
+        return b'"text":', b"", b""
 
     def _usage_chunk(self) -> dict[str, Any]:
         return {**self._stream_head(), "usage": self._usage()}
@@ -293,11 +425,3 @@ def _token_text(data: bytes) -> str:
 def _finite(logprob: float) -> float:
     # Also right for NaN, which no comparison holds for.
     return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
-
-
-def _alternatives(logprobs: TokenLogprobs) -> list[tuple[int, float]]:
-    """The most likely tokens, and the chosen one if it is not among them."""
-    pairs = list(zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True))
-    if logprobs.token_id not in logprobs.top_token_ids:
-        pairs.append((logprobs.token_id, logprobs.logprob))
-    return pairs

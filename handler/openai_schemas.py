@@ -12,18 +12,17 @@ import msgspec
 from pagetier.handler.errors import InvalidRequest
 
 # Fields of OpenAI's API that change nothing about the output.
-_HARMLESS = frozenset({
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "service_tier", "store", "user",
+HARMLESS = frozenset({
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 
 # Fields whose feature does not exist yet, with the values that ask for nothing.
-_NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
+NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
@@ -33,6 +32,7 @@ _NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
+    "moderation": (),
     "n": (1,),
     "prediction": (),
     "presence_penalty": (0,),
@@ -43,7 +43,6 @@ _NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
-    "timeout": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),
@@ -52,12 +51,33 @@ _NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _T = TypeVar("_T", bound=msgspec.Struct)
+_encode = msgspec.json.Encoder().encode
+# Types that msgspec cannot tell apart while it reads; they are checked by hand.
+_Prompt = Annotated[
+    Any,
+    msgspec.Meta(
+        description="Text or token ids, or a list of several such.",
+        extra_json_schema={
+            "oneOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "string"}},
+                {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "integer"}},
+                },
+            ]
+        },
+    ),
+]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``include_usage``: end the stream with a chunk that counts its tokens."""
 
     include_usage: bool = False
+    # OpenAI's padding of chunks, which does not exist here: only its absence can be asked for.
+    include_obfuscation: Annotated[bool, msgspec.Meta(extra_json_schema={"const": False})] = False
 
 
 class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,13 +96,16 @@ class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache_salt: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
+    timeout: float | None = None
+    request_id: str | None = None
 
 
 class CompletionBody(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of ``v1/completions`` and of the plain prediction route."""
 
-    prompt: Any
+    prompt: _Prompt
     logprobs: int | None = None
+    echo: bool = False
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,6 +132,30 @@ class ChatBody(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     top_logprobs: int | None = None
 
 
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``tokenize``: either ``prompt`` or ``messages``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``detokenize``."""
+
+    model: str | None = None
+    tokens: list[_Int64]
+
+
+class DrainBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of ``drain``: how many seconds to wait; None for as long as it takes."""
+
+    timeout: float | None = None
+
+
 # --- reading bodies --------------------------------------------------------------------------
 
 
@@ -132,22 +179,32 @@ def read_body(body: Any, kind: type[_T]) -> _T:
             # null is the same as leaving a field out.
             if value is not None:
                 kept[key] = value
-        elif key in _NOT_SUPPORTED_YET:
-            if value is not None and not _is_neutral(value, _NOT_SUPPORTED_YET[key]):
+        elif key in NOT_SUPPORTED_YET:
+            if value is not None and not _is_neutral(value, NOT_SUPPORTED_YET[key]):
                 raise InvalidRequest(f"{key} is not supported yet; leave it out.", param=key)
-        elif key not in _HARMLESS:
+        elif key not in HARMLESS:
             unknown.append(key)
     if unknown:
         names = ", ".join(short(key) for key in unknown[:8])
+        names += ", ..." if len(unknown) > 8 else ""
         raise InvalidRequest(
             f"Unknown field{'s' if len(unknown) > 1 else ''} {names}; leave "
             f"{'them' if len(unknown) > 1 else 'it'} out.",
             param=unknown[0][:64],
         )
     try:
-        return msgspec.convert(kept, kind)
+        fields = msgspec.convert(kept, kind)
+        # What the engine is given, and what is said of it, must be text that can be sent.
+        _encode(kept)
     except msgspec.ValidationError as exc:
         raise _invalid(str(exc)) from None
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            "The body is not valid Unicode text: it holds half of a surrogate pair."
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    return fields
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
@@ -157,8 +214,10 @@ def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 def _invalid(message: str) -> InvalidRequest:
     """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" with the place in front."""
-    what, _, place = message.replace("`", "").partition(" - at ")
-    what = (what[:1].lower() + what[1:]).replace(" | null", "")
+    what, _, place = message.replace("`", "").rpartition(" - at ")
+    if not place.startswith("$"):
+        what, place = message.replace("`", ""), ""
+    what = shorten((what[:1].lower() + what[1:]).replace(" | null", ""), 200)
     if not place:
         return InvalidRequest(f"The body is wrong: {what}.", param=_missing_field(what))
     param = place.removeprefix("$.").split(".")[0].split("[")[0]
@@ -199,5 +258,12 @@ def _json_type(value: Any) -> str:
 
 def short(value: Any) -> str:
     """``value`` for an error's text, 64 characters at most."""
-    text = repr(value)
-    return text if len(text) <= 64 else text[:61] + "..."
+    # Whole structures would take long to write, or be nested too deeply for it.
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return shorten(repr(value), 64)
+
+
+def shorten(text: str, max_characters: int) -> str:
+    """``text``, or its beginning if it is longer."""
+    return text if len(text) <= max_characters else text[: max_characters - 3] + "..."

@@ -10,11 +10,13 @@ from two threads.
 
 The status of a response leaves with its first piece. So every new request is answered in the
 exchange that brings it: an error, or anything known at once, as a complete reply; an accepted
-request by an opening piece (which also keeps the frontend from sending its body again). Only
-statistics are left without a first piece until the engine has told them.
+request by an opening piece (which also keeps the frontend from sending its body again). Without a
+first piece are left, until it is known what to say: statistics, a drain, and requests with a
+timeout of their own, which is answered with a status if it passes before their first piece.
 """
 
 import dataclasses
+import heapq
 import logging
 import threading
 import time
@@ -25,15 +27,16 @@ import msgspec
 
 from pagetier.handler.errors import (
     DeadlineExceeded,
+    Draining,
     EngineDead,
     EngineError,
     InvalidRequest,
     NotFound,
     QueueFull,
 )
-from pagetier.handler.openai_api import OpenAIApi
+from pagetier.handler.openai_api import OpenAIApi, is_client_id
 from pagetier.handler.openai_responses import Response, error_body, error_event
-from pagetier.handler.openai_schemas import parse_json
+from pagetier.handler.openai_schemas import DrainBody, parse_json, read_body
 from pagetier.handler.request import AddRequest, RequestOutput, StatsReply
 from pagetier.handler.request_log import RequestLog
 
@@ -51,6 +54,9 @@ STATS_SECONDS = 5.0
 # The frontend looks whether a client has left only when it has a piece for it. So those that have
 # gained nothing get an empty piece from time to time, of which no byte reaches the client.
 TOUCH_SECONDS = 0.25
+
+# The frontend sets ``X-Request-Id`` of responses itself.
+CLIENT_ID_HEADER = "X-Client-Request-Id"
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -73,11 +79,15 @@ class Engine(Protocol):
 
 
 class Incoming(NamedTuple):
-    """A new request as it came: ``body`` is parsed JSON, text, raw bytes, or None."""
+    """A new request as it came: ``body`` is parsed JSON, text, raw bytes, or None.
+
+    ``client_id`` is what the client calls it, in a header; empty if it does not.
+    """
 
     route: str
     body: Any
     content_type: str = ""
+    client_id: str = ""
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,13 +143,29 @@ class Inbox:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Open:
-    """A request between its opening and its last reply."""
+    """A request between its arrival and its last reply.
+
+    ``has_head``: its first piece, and with it its status, has left. ``left_open``: it is left for
+    the frontend to break off.
+    """
 
     request_id: str
     response: Response
-    has_output: bool = False
+    has_head: bool
+    deadline: float | None = None
     error: EngineError | None = None
     left_open: bool = False
+
+    @property
+    def engine_ids(self) -> list[str]:
+        """Names of its requests to the engine."""
+        return [request.request_id for request in self.response.requests]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of its response."""
+        response_id = self.response.response_id
+        return {} if response_id == self.request_id else {CLIENT_ID_HEADER: response_id}
 
 
 class _Asked(NamedTuple):
@@ -163,6 +189,8 @@ class Pump:
         inbox: Inbox,
         *,
         max_num_queued_reqs: int,
+        max_num_queued_tokens: int | None = None,
+        enable_drain: bool = True,
         log: RequestLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -173,6 +201,8 @@ class Pump:
             api: parses and formats them.
             inbox: brings what comes of them.
             max_num_queued_reqs: so many may wait for their first token; more are refused.
+            max_num_queued_tokens: likewise of their prompts' tokens; None for no bound.
+            enable_drain: serve the routes ``drain`` and ``resume``.
             log: is told when requests begin and end.
             clock: seconds that never go back.
         """
@@ -181,16 +211,24 @@ class Pump:
         self._api = api
         self._inbox = inbox
         self._max_waiting = max_num_queued_reqs
+        self._max_waiting_tokens = max_num_queued_tokens
+        self._enable_drain = enable_drain
         self._clock = clock
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         self._asked: dict[str, _Asked] = {}
+        self._is_draining = False
+        self._drains: dict[str, float] = {}  # deadlines of the requests that wait for the end
+        # Whose an engine's request is; and the tokens of the prompts that wait for a first output.
+        self._owners: dict[str, _Open] = {}
+        self._waiting: dict[str, int] = {}
+        self._num_waiting_tokens = 0
+        self._deadlines: list[tuple[float, str]] = []  # a heap; may hold ids that are gone
         # Those that have something to be told, in the order in which they got it.
         self._ready: dict[str, _Open] = {}
-        self._num_waiting = 0
         self._num_quiet_ticks = 0
         self._last_touch = clock()
-        self._routes: dict[str, Callable[[str, Any], Response]] = {
+        self._routes: dict[str, Callable[[str, Any, str | None], Response]] = {
             "v1/completions": api.completion,
             "v1/chat/completions": api.chat,
             "": api.prediction,
@@ -219,7 +257,7 @@ class Pump:
         with self._lock:
             index_of = {request_id: index for index, request_id in enumerate(ids)}
             self._drop_unless(index_of)
-            new = [r for r in ids if r not in self._open and r not in self._asked]
+            new = [r for r in ids if not self._knows(r)]
             may_wait = not new and not self._ready
             replies: list[Reply | None] = []
             for message in self._inbox.take(WAIT_SECONDS if may_wait else 0.0):
@@ -227,8 +265,9 @@ class Pump:
                     replies.append(self._stats_reply(message, index_of))
                 else:
                     self._take(message)
-            replies += [self._reply(request, index_of[r]) for r, request in self._ready.items()]
-            self._ready.clear()
+            self._expire()
+            ready, self._ready = self._ready, {}
+            replies += [self._reply(request, index_of[r]) for r, request in ready.items()]
             if self._clock() - self._last_touch >= TOUCH_SECONDS:
                 self._last_touch = self._clock()
                 replies += self._touches(index_of, {r.index for r in replies if r is not None})
@@ -236,6 +275,8 @@ class Pump:
                 replies += self._late_stats_replies(index_of)
             # New ones come last: their opening piece must go out before anything they gain.
             replies += [self._admit(r, index_of[r], fetch) for r in new]
+            if self._drains:
+                replies += self._drain_replies(index_of)
             self._num_quiet_ticks = 0
             return [r for r in replies if r is not None]
 
@@ -253,7 +294,7 @@ class Pump:
             if not going or self._num_quiet_ticks <= patience:
                 return
             logger.info("the frontend is silent: aborting %d open requests", len(going))
-            self._abort([r.request_id for r in going], "abort")
+            self._abort([i for r in going for i in r.engine_ids], "abort")
             # Should it call for them again after all, they are told.
             for request in going:
                 request.error = EngineError("The server was interrupted; send this again.")
@@ -268,55 +309,106 @@ class Pump:
                 "model": self._api.model_name,
                 "max_model_len": self._api.max_model_len,
                 "num_requests_open": self.num_open,
+                "is_draining": self._is_draining,
             }
         )
 
     # --- requests come and go ----------------------------------------------------------------
 
+    def _knows(self, request_id: str) -> bool:
+        return request_id in self._open or request_id in self._asked or request_id in self._drains
+
     def _admit(self, request_id: str, index: int, fetch: Callable[[int], Incoming]) -> Reply | None:
+        client_id = ""
         try:
-            return self._route(request_id, index, fetch(index))
+            incoming = fetch(index)
+            client_id = incoming.client_id if is_client_id(incoming.client_id) else ""
+            return self._route(request_id, index, incoming, client_id)
         except EngineError as exc:
             logger.info("request %s refused: %s", request_id, type(exc).__name__)
-            return _refusal(index, exc)
+            return _refusal(index, exc, client_id)
         except Exception:
             # Raised from here, it would fail every request in flight.
             logger.exception("request %s broke while it was admitted", request_id)
-            return _refusal(index, _own_fault())
+            return _refusal(index, _own_fault(), client_id)
 
-    def _route(self, request_id: str, index: int, incoming: Incoming) -> Reply | None:
+    def _route(
+        self, request_id: str, index: int, incoming: Incoming, client_id: str
+    ) -> Reply | None:
         route = incoming.route.strip("/")
+        if route in self._routes:
+            return self._start(request_id, index, incoming, client_id)
         if route == "health":
             self._check_engine()
-            return Reply(index, b'{"status":"ok"}', None, content_type=JSON)
+            return _json_reply(index, {"status": "draining" if self._is_draining else "ok"})
         if route == "v1/models":
             return Reply(index, self._api.models(), None, content_type=JSON)
         if route.startswith("v1/models/"):
             body = self._api.model(route.removeprefix("v1/models/"))
             return Reply(index, body, None, content_type=JSON)
+        if route in ("tokenize", "detokenize"):
+            answer = self._api.tokenize if route == "tokenize" else self._api.detokenize
+            return Reply(index, answer(_body(incoming)), None, content_type=JSON)
         if route in ("stats", "stats/trace"):
             with_trace = route == "stats/trace"
             self._engine.request_stats(include_trace=with_trace)
             self._asked[request_id] = _Asked(with_trace, self._clock() + STATS_SECONDS)
             return None
-        if route not in self._routes:
-            raise NotFound(
-                f"Unknown route {route[:100]!r}; there are v1/completions, v1/chat/completions, "
-                "v1/models, stats, stats/trace and health."
-            )
+        if route == "drain" and self._enable_drain:
+            self._drain(request_id, incoming)
+            return None
+        if route == "resume" and self._enable_drain:
+            self._is_draining = False
+            logger.info("requests are taken again")
+            return _json_reply(index, {"status": "ok"})
+        raise NotFound(
+            f"Unknown route {route[:100]!r}; there are v1/completions, v1/chat/completions, "
+            "v1/models, tokenize, detokenize, health, stats, stats/trace, drain and resume."
+        )
+
+    def _start(
+        self, request_id: str, index: int, incoming: Incoming, client_id: str
+    ) -> Reply | None:
+        """Hand a request to the engine, if there is room for it."""
         self._check_engine()
-        if self._num_waiting >= self._max_waiting:
-            raise QueueFull(
-                f"{self._num_waiting} requests are waiting, as many as may; try again in a moment."
-            )
-        response = self._routes[route](request_id, _body(incoming, is_plain=not route))
-        self._log.started(response.request)
-        self._engine.add(response.request)
-        self._open[request_id] = _Open(request_id, response)
-        self._num_waiting += 1
+        if self._is_draining:
+            raise Draining("This server takes no new requests, since it is about to be stopped.")
+        # Before the work of reading it, and after, when it is known how many it makes.
+        self._check_queue(1)
+        route = incoming.route.strip("/")
+        body = _body(incoming, is_plain=not route)
+        response = self._routes[route](request_id, body, client_id or None)
+        num_tokens = [len(r.prompt_token_ids) for r in response.requests]
+        self._check_queue(len(num_tokens), sum(num_tokens))
+        opened = _Open(request_id, response, has_head=response.timeout is None)
+        for request in response.requests:
+            self._log.started(request)
+            self._engine.add(request)
+        self._open[request_id] = opened
+        self._owners |= dict.fromkeys(opened.engine_ids, opened)
+        self._waiting |= dict(zip(opened.engine_ids, num_tokens, strict=True))
+        self._num_waiting_tokens += sum(num_tokens)
+        if response.timeout is not None:
+            opened.deadline = self._clock() + response.timeout
+            heapq.heappush(self._deadlines, (opened.deadline, request_id))
+            return None
         content_type = EVENT_STREAM if response.stream else JSON
         opening = response.opening() if response.stream else b""
-        return Reply(index, opening, False, content_type=content_type)
+        return Reply(index, opening, False, content_type=content_type, headers=opened.headers)
+
+    def _check_queue(self, num_requests: int, num_tokens: int = 0) -> None:
+        num_waiting = len(self._waiting)
+        if num_waiting + num_requests > self._max_waiting:
+            raise QueueFull(
+                f"{num_waiting} requests are waiting, and {self._max_waiting} may; try again in a "
+                "moment."
+            )
+        limit = self._max_waiting_tokens
+        if limit is not None and num_waiting and self._num_waiting_tokens + num_tokens > limit:
+            raise QueueFull(
+                f"Prompts of {self._num_waiting_tokens} tokens are waiting, and {limit} may; try "
+                "again in a moment."
+            )
 
     def _check_engine(self) -> None:
         if self._inbox.death is not None:
@@ -324,46 +416,106 @@ class Pump:
 
     def _drop_unless(self, ids: Mapping[str, int]) -> None:
         """Forget requests that are not among ``ids``: their clients have left."""
-        for request_id in [r for r in self._asked if r not in ids]:
-            del self._asked[request_id]
-        gone = [r for r in self._open if r not in ids]
+        for told_later in (self._asked, self._drains):
+            for request_id in [r for r in told_later if r not in ids]:
+                del told_later[request_id]
+        gone = [request for r, request in self._open.items() if r not in ids]
         if gone:
             logger.info("aborting %d requests whose clients have left", len(gone))
-            for request_id in gone:
-                self._forget(request_id)
-            self._abort(gone, "abort")
+            for request in gone:
+                self._close(request)
+            self._abort([i for request in gone for i in request.engine_ids], "abort")
 
-    def _forget(self, request_id: str) -> None:
-        request = self._open.pop(request_id)
-        self._ready.pop(request_id, None)
-        if not request.has_output:
-            self._num_waiting -= 1
+    def _close(self, request: _Open) -> None:
+        """Forget a request."""
+        self._open.pop(request.request_id, None)
+        self._ready.pop(request.request_id, None)
+        for engine_id in request.engine_ids:
+            self._owners.pop(engine_id, None)
+            self._wait_no_longer(engine_id)
 
-    def _abort(self, request_ids: list[str], reason: str) -> None:
-        self._log.ended(request_ids, reason)
-        self._engine.abort(request_ids)
+    def _wait_no_longer(self, engine_id: str) -> None:
+        self._num_waiting_tokens -= self._waiting.pop(engine_id, 0)
+
+    def _abort(self, engine_ids: list[str], reason: str) -> None:
+        self._log.ended(engine_ids, reason)
+        self._engine.abort(engine_ids)
+
+    def _fail(self, request: _Open, error: EngineError) -> None:
+        """Stop a request; its client is told why in this exchange."""
+        request.error = error
+        self._ready[request.request_id] = request
+        reason = "abort" if isinstance(error, DeadlineExceeded) else "error"
+        self._abort(request.engine_ids, reason)
+
+    def _expire(self) -> None:
+        """Fail the requests whose own time is over."""
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self._open.get(request_id)
+            if request is None or request.error is not None or request.response.finished:
+                continue
+            error = DeadlineExceeded(
+                f"The request's timeout of {request.response.timeout:g} s has passed; allow more "
+                "time, or ask for fewer tokens.",
+                param="timeout",
+            )
+            self._fail(request, error)
+
+    # --- stopping in peace -------------------------------------------------------------------
+
+    def _drain(self, request_id: str, incoming: Incoming) -> None:
+        """Take no more requests; the answer comes when the last of them is gone."""
+        timeout = None
+        if incoming.body:
+            timeout = read_body(_body(incoming), DrainBody).timeout
+        if timeout is not None and not timeout >= 0:
+            raise InvalidRequest(
+                f"timeout must be 0 seconds or more, not {timeout}.", param="timeout"
+            )
+        if not self._is_draining:
+            logger.info("no more requests are taken; %d are open", self.num_open)
+        self._is_draining = True
+        self._drains[request_id] = float("inf") if timeout is None else self._clock() + timeout
+
+    def _drain_replies(self, index_of: Mapping[str, int]) -> list[Reply | None]:
+        replies: list[Reply | None] = []
+        for request_id, deadline in list(self._drains.items()):
+            index = index_of[request_id]
+            if not self._is_draining:
+                replies.append(_json_reply(index, {"status": "resumed"}))
+            elif not self._open:
+                replies.append(_json_reply(index, {"status": "drained"}))
+            elif self._clock() >= deadline:
+                error = DeadlineExceeded(
+                    f"{self.num_open} requests are still open; no new ones are taken. Drain again "
+                    "to wait longer."
+                )
+                replies.append(_refusal(index, error))
+            else:
+                continue
+            del self._drains[request_id]
+        return replies
 
     # --- what the engine says ----------------------------------------------------------------
 
     def _take(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            request = self._open.get(output.request_id)
+            request = self._owners.get(output.request_id)
             if request is None or request.error is not None:
                 continue
-            if not request.has_output:
-                request.has_output = True
-                self._num_waiting -= 1
-            self._ready[output.request_id] = request
+            self._wait_no_longer(output.request_id)
+            self._ready[request.request_id] = request
             if output.finish_reason == "error":
-                request.error = _error(output)
+                self._fail(request, _error(output))
                 continue
             try:
                 if request.response.add(output):
                     self._abort([output.request_id], "stop")
             except Exception:
                 logger.exception("request %s broke while it was answered", output.request_id)
-                self._abort([output.request_id], "error")
-                request.error = _own_fault()
+                self._fail(request, _own_fault())
 
     # --- replies -----------------------------------------------------------------------------
 
@@ -372,39 +524,57 @@ class Pump:
             return self._tell(request, index)
         except Exception:
             logger.exception("request %s broke while it was answered", request.request_id)
-            self._abort([request.request_id], "error")
-            self._open.pop(request.request_id, None)
+            self._abort(request.engine_ids, "error")
+            self._close(request)
+            error = _own_fault()
+            if not request.has_head:
+                return _refusal(index, error)
             as_end = error_event if request.response.stream else error_body
-            return Reply(index, as_end(_own_fault()), True)
+            return Reply(index, as_end(error), True)
 
     def _tell(self, request: _Open, index: int) -> Reply | None:
         response = request.response
         if request.error is not None:
-            # Too late for a status: it left with the opening piece. A client that awaits a whole
-            # response would take any body for a good one. So if the worker is about to end anyway,
-            # leave it to the frontend to break the connection: that is an error to every client.
-            if isinstance(request.error, EngineDead) and not response.stream:
-                request.left_open = True
-                return None
-            del self._open[request.request_id]
-            if not request.has_output:
-                self._num_waiting -= 1
-            error = request.error
-            body = response.error_events(error) if response.stream else error_body(error)
-            return Reply(index, body, True)
+            return self._tell_error(request, request.error, index)
         if response.finished:
-            del self._open[request.request_id]
+            self._close(request)
             body = response.take_events() if response.stream else response.whole()
-            return Reply(index, body, True)
+            if request.has_head:
+                return Reply(index, body, True)
+            content_type = EVENT_STREAM if response.stream else JSON
+            if response.stream:
+                body = response.opening() + body
+            return Reply(index, body, None, content_type=content_type, headers=request.headers)
         events = response.take_events() if response.stream else b""
-        return Reply(index, events, False) if events else None
+        if not events:
+            return None
+        if request.has_head:
+            return Reply(index, events, False)
+        request.has_head = True
+        body = response.opening() + events
+        return Reply(index, body, False, content_type=EVENT_STREAM, headers=request.headers)
+
+    def _tell_error(self, request: _Open, error: EngineError, index: int) -> Reply | None:
+        response = request.response
+        if not request.has_head:
+            self._close(request)
+            return _refusal(index, error, request.headers.get(CLIENT_ID_HEADER, ""))
+        # Too late for a status: it left with the opening piece. A client that awaits a whole
+        # response would take any body for a good one. So if the worker is about to end anyway,
+        # leave it to the frontend to break the connection: that is an error to every client.
+        if isinstance(error, EngineDead) and not response.stream:
+            request.left_open = True
+            return None
+        self._close(request)
+        body = response.error_events(error) if response.stream else error_body(error)
+        return Reply(index, body, True)
 
     def _touches(self, index_of: Mapping[str, int], replied: set[int]) -> list[Reply | None]:
         """Empty pieces for those that get none otherwise."""
         return [
             Reply(index_of[r], b"", False)
             for r, request in self._open.items()
-            if index_of[r] not in replied and not request.left_open
+            if request.has_head and not request.left_open and index_of[r] not in replied
         ]
 
     def _stats_reply(self, reply: StatsReply, index_of: Mapping[str, int]) -> Reply | None:
@@ -418,6 +588,7 @@ class Pump:
             **reply.stats,
             **self._log.stats(),
             "num_requests_open": self.num_open,
+            "is_draining": self._is_draining,
         }
         if with_trace:
             body["trace"] = reply.trace
@@ -432,9 +603,13 @@ class Pump:
         return [_refusal(index_of[request_id], error) for request_id in late]
 
 
-def _refusal(index: int, error: EngineError) -> Reply:
-    headers = {}
-    if isinstance(error, QueueFull):
+def _json_reply(index: int, body: Any) -> Reply:
+    return Reply(index, msgspec.json.encode(body), None, content_type=JSON)
+
+
+def _refusal(index: int, error: EngineError, client_id: str = "") -> Reply:
+    headers = {CLIENT_ID_HEADER: client_id} if client_id else {}
+    if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     return Reply(index, error_body(error), None, error.status, JSON, headers)
 
@@ -455,7 +630,7 @@ def _error(output: RequestOutput) -> EngineError:
     return EngineError(message)
 
 
-def _body(incoming: Incoming, *, is_plain: bool) -> Any:
+def _body(incoming: Incoming, *, is_plain: bool = False) -> Any:
     """The body as parsed JSON, or, on the plain route, perhaps as text."""
     body = incoming.body
     if body is None:

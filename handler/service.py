@@ -99,6 +99,8 @@ class PagetierHandler:
             api,
             self._inbox,
             max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+            enable_drain=config.enable_drain,
             log=self._log,
         )
         engine = self._engine
@@ -195,7 +197,14 @@ def _incoming(fields: Mapping[str, Any], processor: Any) -> Incoming:
         route=processor.get_request_property("url_path") or "",
         body=fields.get(name),
         content_type=content_type or "",
+        client_id=_header(processor, "x-request-id"),
     )
+
+
+def _header(processor: Any, name: str) -> str:
+    """A header of the request, empty if there is none; the frontend keeps names as they came."""
+    headers = processor.get_request_properties().items()
+    return next((v for k, v in headers if k.lower() == name and isinstance(v, str)), "")
 
 
 def _apply(replies: list[Reply], ids: list[str], data: list[dict[str, Any]], context: Any) -> None:

@@ -12,7 +12,7 @@ from pagetier.handler.errors import (
     PromptTooLong,
     QueueFull,
 )
-from pagetier.handler.openai_api import OpenAIApi
+from pagetier.handler.openai_api import MAX_CHOICES, OpenAIApi
 from pagetier.handler.openai_responses import MIN_LOGPROB, error_body
 from pagetier.handler.openai_schemas import parse_json
 from pagetier.handler.request import RequestOutput, TokenLogprobs
@@ -109,10 +109,55 @@ def test_prompt_may_be_a_list_of_one_text(api, tokenizer):
     )
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[7], [8]], ["a", [8]]])
-def test_several_prompts_are_refused(api, prompt):
-    with pytest.raises(InvalidRequest, match="not supported yet"):
-        completion(api, prompt=prompt)
+@pytest.mark.parametrize("prompt", [["the fox", "b"], [[7], [8, 9]], ["a", [8]]])
+def test_several_prompts_are_several_requests_to_the_engine(api, tokenizer, prompt):
+    requests = completion(api, prompt=prompt, max_tokens=3).requests
+    assert [r.request_id for r in requests] == ["r1-0", "r1-1"]
+    ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompt]
+    assert [r.prompt_token_ids for r in requests] == ids
+    assert [r.params.max_tokens for r in requests] == [3, 3]
+
+
+def test_too_many_prompts_are_refused(api):
+    assert len(completion(api, prompt=["a"] * MAX_CHOICES).requests) == MAX_CHOICES
+    with pytest.raises(InvalidRequest, match="at most 128"):
+        completion(api, prompt=["a"] * (MAX_CHOICES + 1))
+
+
+def test_plain_route_takes_one_prompt(api):
+    with pytest.raises(InvalidRequest, match="one prompt"):
+        api.prediction("r1", {"prompt": ["a", "b"]})
+
+
+def test_huge_list_of_token_ids_is_refused_by_its_length(api):
+    with pytest.raises(PromptTooLong, match="has 101 tokens"):
+        completion(api, prompt=[-1] * (MAX_MODEL_LEN + 1))
+
+
+def test_echo_asks_for_the_prompts_logprobs_where_it_asks_for_any(api):
+    assert completion(api, echo=True).request.params.prompt_logprobs is None
+    params = completion(api, echo=True, logprobs=2).request.params
+    assert (params.logprobs, params.prompt_logprobs) == (2, 2)
+    assert completion(api, logprobs=2).request.params.prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("header", "field", "expected"),
+    [(None, None, "r1"), ("job:7", None, "job:7"), (None, "mine", "mine"), ("job", "mine", "mine")],
+)
+def test_response_is_called_as_the_client_calls_the_request(
+    api, tokenizer, header, field, expected
+):
+    body = {"prompt": "the", "request_id": field}
+    response = api.completion("r1", body, header)
+    assert response.request.request_id == "r1"
+    feed(response, tokenizer, "fox")
+    assert json.loads(response.whole())["id"] == f"cmpl-{expected}"
+
+
+def test_timeout_is_kept_for_the_pump(api):
+    assert completion(api).timeout is None
+    assert completion(api, timeout=2.5).timeout == 2.5
 
 
 def test_chat_is_rendered_and_takes_all_the_room(api, tokenizer):
@@ -159,8 +204,8 @@ def test_neutral_and_harmless_fields_change_nothing(api, field, value):
     ("field", "value"),
     [
         ("n", 2), ("n", True), ("best_of", 3), ("presence_penalty", 0.1), ("logit_bias", {"5": 1}),
-        ("response_format", {"type": "json_object"}), ("tools", [{}]), ("echo", True),
-        ("min_p", 0.1), ("skip_special_tokens", False), ("timeout", 5), ("guided_json", {}),
+        ("response_format", {"type": "json_object"}), ("tools", [{}]),
+        ("min_p", 0.1), ("skip_special_tokens", False), ("guided_json", {}),
     ],
 )  # fmt: skip
 def test_features_that_do_not_exist_yet_are_refused(api, field, value):
@@ -208,7 +253,21 @@ def test_unknown_fields_are_named(api):
         ({"prompt": [7, -1]}, "not -1", "prompt"),
         ({"prompt": [True]}, "not True", "prompt"),
         ({"prompt": [1.5]}, "not 1.5", "prompt"),
-        ({"prompt": "\ud800"}, "surrogate", "prompt"),
+        ({"prompt": [7, "a"]}, "got 7 among them", "prompt"),
+        ({"prompt": [7, [[8]]]}, "got 7 among them", "prompt"),
+        ({"prompt": [[7, [8]]]}, "not a list", "prompt"),
+        ({"prompt": "\ud800"}, "surrogate", None),
+        ({"cache_salt": "\ud800"}, "surrogate", None),
+        ({"timeout": 0}, "timeout must be above 0", "timeout"),
+        ({"timeout": float("nan")}, "timeout must be above 0", "timeout"),
+        ({"request_id": "a b"}, "request_id must have", "request_id"),
+        ({"request_id": ""}, "request_id must have", "request_id"),
+        ({"stop_token_ids": [5] * 300}, "at most|has 300", "stop_token_ids"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "not supported",
+            "stream_options",
+        ),
     ],
 )
 def test_wrong_completion_fields_are_told_in_one_sentence(api, body, message, param):
@@ -405,8 +464,8 @@ def test_plain_prediction_has_a_flat_shape(api, tokenizer):
     feed(response, tokenizer, "fox")
     assert events(response.take_events()) == [
         {
-            "model": "tiny", "text": "fox", "logprobs": None, "finish_reason": "length",
-            "stop_reason": None,
+            "id": "r1", "model": "tiny", "text": "fox", "logprobs": None,
+            "finish_reason": "length", "stop_reason": None,
         },
         None,
     ]  # fmt: skip
@@ -481,3 +540,133 @@ def test_failing_stream_tells_what_came_before_and_why(api, tokenizer):
     assert chunk["choices"][0]["text"] == "jumps"
     assert error["error"]["message"] == "It broke."
     assert done is None
+
+
+# --- several choices -------------------------------------------------------------------------
+
+
+def test_choices_of_several_prompts_are_in_the_prompts_order(api, tokenizer):
+    response = completion(api, prompt=["the fox", "a"])
+    ids = {r.request_id: tokenizer.encode(w, add_special_tokens=False)
+           for r, w in zip(response.requests, ["jumps", " over it"], strict=True)}  # fmt: skip
+    for request_id in reversed(ids):
+        assert not response.finished
+        response.add(
+            RequestOutput(request_id, ids[request_id], finish_reason="length", num_cached_tokens=1)
+        )
+    assert response.finished
+    body = json.loads(response.whole())
+    assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "jumps"), (1, " over it")]
+    num_prompt = sum(len(r.prompt_token_ids) for r in response.requests)
+    num_output = sum(map(len, ids.values()))
+    assert body["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+def test_streamed_choices_carry_their_index_and_end_once(api, tokenizer):
+    response = completion(
+        api, prompt=["the fox", "a"], stream=True, stream_options={"include_usage": True}
+    )
+    first, second = (r.request_id for r in response.requests)
+    word = tokenizer.encode("jumps", add_special_tokens=False)
+    data = b""
+    for request_id, reason in [
+        (second, None), (first, "length"), (second, None), (second, "stop"),
+    ]:  # fmt: skip
+        response.add(RequestOutput(request_id, word, finish_reason=reason))
+        data += response.take_events()
+    *chunks, usage, done = events(data)
+    assert done is None
+    assert usage["usage"]["completion_tokens"] == 4 * len(word)
+    told = [(c["choices"][0]["index"], c["choices"][0]["finish_reason"]) for c in chunks]
+    assert told == [(1, None), (0, "length"), (1, None), (1, "stop")]
+    assert {c["id"] for c in chunks} == {"cmpl-r1"}
+
+
+def test_stop_string_of_one_choice_leaves_the_others_going(api, tokenizer):
+    response = completion(api, prompt=["the fox", "a"], stop="over")
+    word = tokenizer.encode("jumps over", add_special_tokens=False)
+    assert response.add(RequestOutput("r1-0", word)) is True
+    assert not response.finished
+    assert response.add(RequestOutput("r1-1", word[:1], finish_reason="length")) is False
+    assert response.finished
+
+
+# --- echo and the prompt's log-probabilities -------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["the fox", [260, 261]])
+def test_echo_puts_the_prompt_in_front(api, tokenizer, prompt):
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    whole = completion(api, prompt=prompt, echo=True)
+    feed(whole, tokenizer, " jumps")
+    assert json.loads(whole.whole())["choices"][0]["text"] == text + " jumps"
+    stream = completion(api, prompt=prompt, echo=True, stream=True)
+    feed(stream, tokenizer, " jumps")
+    chunks = events(stream.take_events())[:-1]
+    assert "".join(c["choices"][0]["text"] for c in chunks) == text + " jumps"
+
+
+def test_echo_with_logprobs_begins_with_the_prompts(api):
+    response = completion(api, prompt=[80, 81, 82], echo=True, logprobs=1)
+    scored = [TokenLogprobs(t, -1.0, [70], [-0.5]) for t in (81, 82)]
+    made = [TokenLogprobs(83, -2.0, [83], [-2.0])]
+    response.add(
+        RequestOutput(
+            "r1", [83], logprobs=made, prompt_logprobs=scored, finish_reason="length"
+        )
+    )  # fmt: skip
+    logprobs = json.loads(response.whole())["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == [None, -1.0, -1.0, -2.0]
+    assert logprobs["top_logprobs"][0] is None
+    assert sorted(logprobs["top_logprobs"][1].values()) == [-1.0, -0.5]
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == 4
+
+
+# --- tokens ----------------------------------------------------------------------------------
+
+
+def test_tokenize_answers_in_vllms_shape(api, tokenizer):
+    body = json.loads(api.tokenize({"prompt": "the fox", "return_token_strs": True}))
+    ids = tokenizer.encode("the fox")
+    assert (body["tokens"], body["count"]) == (ids, len(ids))
+    assert body["max_model_len"] == MAX_MODEL_LEN
+    assert "".join(body["token_strs"]) == "the fox"
+    assert json.loads(api.tokenize({"prompt": ""}))["tokens"] == []
+    assert json.loads(api.tokenize({"prompt": "a"}))["token_strs"] is None
+
+
+def test_tokenize_renders_chats(api, tokenizer):
+    body = json.loads(api.tokenize({"messages": CHAT}))
+    assert body["tokens"] == chat(api).request.prompt_token_ids
+    body = json.loads(api.tokenize({"messages": CHAT, "add_generation_prompt": False}))
+    assert body["tokens"] == tokenizer.encode("<|user|>the fox<|end|>")
+
+
+def test_detokenize_undoes_tokenize(api):
+    text = "Größe, 日本 🙂<|end|>"
+    tokens = json.loads(api.tokenize({"prompt": text}))["tokens"]
+    assert json.loads(api.detokenize({"tokens": tokens})) == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "message"),
+    [
+        ("tokenize", {}, "either prompt or messages"),
+        ("tokenize", {"prompt": "a", "messages": CHAT}, "either prompt or messages"),
+        ("tokenize", {"messages": []}, "must not be empty"),
+        ("tokenize", {"prompt": "a", "model": "x"}, "not served here"),
+        ("tokenize", {"prompt": "a b " * 5000}, "about .* tokens"),
+        ("detokenize", {"tokens": [VOCAB_SIZE]}, "not 400"),
+        ("detokenize", {"tokens": ["a"]}, "expected int"),
+        ("detokenize", {}, "missing required field tokens"),
+        ("detokenize", {"tokens": [5] * 200}, "has 200 tokens"),
+    ],
+)
+def test_wrong_bodies_of_the_token_routes_are_told(api, route, body, message):
+    with pytest.raises(InvalidRequest, match=message):
+        getattr(api, route)(body)

@@ -47,7 +47,7 @@ class Engine:
 class Rig:
     """A pump and what it needs; ``exchange`` takes new requests by id."""
 
-    def __init__(self, max_waiting=4):
+    def __init__(self, max_waiting=4, **settings):
         self.now = 100.0
         self.inbox = Inbox()
         self.engine = Engine(self.inbox)
@@ -61,6 +61,7 @@ class Rig:
             self.inbox,
             max_num_queued_reqs=max_waiting,
             clock=lambda: self.now,
+            **settings,
         )
 
     def exchange(self, *ids, **new):
@@ -267,7 +268,7 @@ def test_output_that_cannot_be_formatted_fails_its_request_only(rig, monkeypatch
     if broken == "add":
         monkeypatch.setattr(response, "add", lambda output: 1 / 0)
     else:
-        monkeypatch.setattr(response, "_texts", None)
+        monkeypatch.setattr(response, "take_events", lambda: 1 / 0)
         monkeypatch.setattr(response, "add", lambda output: False)
     rig.gain("a")
     rig.gain("b")
@@ -333,3 +334,213 @@ def test_stats_do_not_wait_for_ever(rig):
     rig.now += STATS_SECONDS + 1
     reply = rig.exchange("a")["a"]
     assert (reply.status, reply.last) == (503, None)
+
+
+# --- several prompts in one request ----------------------------------------------------------
+
+
+def test_request_with_several_prompts_is_whole_when_all_are(rig):
+    rig.exchange(w=("v1/completions", {**BODY, "prompt": ["a", "b"]}))
+    assert rig.engine.added == ["w-0", "w-1"]
+    rig.gain("w-1", "quick", finish_reason="length")
+    assert rig.exchange("w") == {}
+    rig.gain("w-0", "fox", finish_reason="length")
+    reply = rig.exchange("w")["w"]
+    assert reply.last is True
+    assert [c["text"] for c in json.loads(reply.body)["choices"]] == ["fox", "quick"]
+    assert rig.pump.num_open == 0
+
+
+def test_all_prompts_of_a_request_count_as_waiting():
+    rig = Rig(max_waiting=3)
+    several = ("v1/completions", {**STREAM, "prompt": ["a", "b"]})
+    assert rig.exchange(a=several)["a"].status == 200
+    assert rig.exchange("a", b=several)["b"].status == 429
+    assert rig.engine.added == ["a-0", "a-1"]
+    rig.gain("a-0")
+    assert rig.exchange("a", c=several)["c"].status == 200
+
+
+def test_client_that_leaves_takes_all_its_prompts_along(rig):
+    rig.exchange(a=("v1/completions", {**STREAM, "prompt": ["a", "b"]}))
+    rig.exchange()
+    assert rig.engine.aborted == ["a-0", "a-1"]
+
+
+def test_refusal_of_one_prompt_fails_the_request_and_stops_the_others(rig):
+    rig.exchange(a=("v1/completions", {**BODY, "prompt": ["a", "b"]}))
+    rig.gain("a-1", "", finish_reason="error", error="Too long.", error_status=400)
+    reply = rig.exchange("a")["a"]
+    assert json.loads(reply.body)["error"]["message"] == "Too long."
+    assert "a-0" in rig.engine.aborted
+    rig.gain("a-0")
+    assert rig.exchange() == {}
+
+
+# --- what protects the server ----------------------------------------------------------------
+
+
+def test_tokens_of_waiting_prompts_are_bounded():
+    rig = Rig(max_num_queued_tokens=10)
+    # One alone may be longer: it could never be served otherwise.
+    assert rig.exchange(a=("v1/completions", {**STREAM, "prompt": [7] * 20}))["a"].status == 200
+    reply = rig.exchange("a", b=("v1/completions", STREAM))["b"]
+    assert (reply.status, reply.headers) == (429, {"Retry-After": "1"})
+    rig.gain("a")
+    six = ("v1/completions", {**STREAM, "prompt": [7] * 6})
+    replies = rig.exchange("a", c=six, d=six)
+    assert (replies["c"].status, replies["d"].status) == (200, 429)
+    assert rig.exchange("a", e=six)["e"].status == 200  # c has left
+
+
+def test_request_with_a_timeout_gets_its_status_with_its_first_piece(rig):
+    timed = {"timeout": 5}
+    assert rig.exchange(s=("v1/completions", {**STREAM, **timed})) == {}
+    assert rig.exchange("s", w=("v1/completions", {**BODY, **timed})) == {}
+    rig.gain("s", "quick")
+    rig.gain("w", "quick")
+    reply = rig.exchange("s", "w")["s"]
+    assert (reply.last, reply.status, reply.content_type) == (False, 200, "text/event-stream")
+    assert b'"quick"' in reply.body
+    rig.gain("s", "", finish_reason="length")
+    rig.gain("w", "", finish_reason="length")
+    replies = rig.exchange("s", "w")
+    assert replies["s"].last is True
+    assert (replies["w"].last, replies["w"].content_type) == (None, "application/json")
+    assert json.loads(replies["w"].body)["choices"][0]["text"] == "quick"
+
+
+def test_stream_with_a_timeout_that_ends_at_once_is_one_complete_reply(rig):
+    body = {"messages": [{"role": "user", "content": "a"}], "stream": True, "timeout": 5}
+    assert rig.exchange(s=("v1/chat/completions", body)) == {}
+    rig.gain("s", "quick", finish_reason="stop")
+    reply = rig.exchange("s")["s"]
+    assert (reply.last, reply.content_type) == (None, "text/event-stream")
+    assert reply.body.count(b"data: ") == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_timeout_before_the_first_piece_is_a_504(rig, stream):
+    rig.exchange(a=("v1/completions", {**BODY, "stream": stream, "timeout": 5}))
+    rig.now += 4.9
+    assert rig.exchange("a") == {}
+    rig.now += 0.2
+    reply = rig.exchange("a")["a"]
+    assert (reply.status, reply.last) == (504, None)
+    assert json.loads(reply.body)["error"]["type"] == "timeout_error"
+    assert rig.engine.aborted == ["a"]
+    assert rig.pump.num_open == 0
+
+
+def test_timeout_of_a_running_stream_is_told_in_it(rig):
+    rig.exchange(a=("v1/completions", {**STREAM, "timeout": 5}), b=("v1/completions", STREAM))
+    rig.gain("a", "quick")
+    rig.exchange("a", "b")
+    rig.now += 6
+    reply = rig.exchange("a", "b")["a"]
+    assert reply.last is True
+    assert b'"type":"timeout_error"' in reply.body
+    assert reply.body.endswith(b"data: [DONE]\n\n")
+    assert rig.engine.aborted == ["a"]
+
+
+def test_request_that_ends_with_its_timeout_is_answered(rig):
+    rig.exchange(a=("v1/completions", {**BODY, "timeout": 5}))
+    rig.gain("a", "quick", finish_reason="length")
+    rig.now += 6
+    assert rig.exchange("a")["a"].status == 200
+
+
+def test_engines_refusal_of_a_request_with_a_timeout_has_a_status(rig):
+    rig.exchange(a=("v1/completions", {**BODY, "timeout": 5}))
+    rig.gain("a", "", finish_reason="error", error="Dead.", error_status=503)
+    assert rig.exchange("a")["a"].status == 503
+
+
+# --- what the client calls a request ---------------------------------------------------------
+
+
+def test_name_that_the_client_gave_comes_back(rig):
+    named = Incoming("v1/completions", BODY, client_id="job-7")
+    (reply,) = rig.pump.exchange(["r"], lambda index: named)
+    assert reply.headers == {"X-Client-Request-Id": "job-7"}
+    assert rig.engine.added == ["r"]
+    rig.gain("r", "fox", finish_reason="length")
+    assert json.loads(rig.exchange("r")["r"].body)["id"] == "cmpl-job-7"
+    wrong = Incoming("v1/completions", {}, client_id="job-8")
+    (reply,) = rig.pump.exchange(["q"], lambda index: wrong)
+    assert (reply.status, reply.headers) == (400, {"X-Client-Request-Id": "job-8"})
+
+
+def test_impossible_name_in_a_header_is_left_out(rig):
+    named = Incoming("v1/completions", BODY, client_id="a\r\nSet-Cookie: b")
+    (reply,) = rig.pump.exchange(["r"], lambda index: named)
+    assert (reply.status, reply.headers) == (200, {})
+
+
+# --- tokens, draining ------------------------------------------------------------------------
+
+
+def test_tokenize_and_detokenize_are_answered_at_once(rig):
+    body = json.loads(rig.exchange(t=("tokenize", {"prompt": "the fox"}))["t"].body)
+    reply = rig.exchange(d=("detokenize", {"tokens": body["tokens"]}))["d"]
+    assert json.loads(reply.body) == {"prompt": "the fox"}
+    assert rig.exchange(t=("tokenize", None))["t"].status == 400
+
+
+def test_drain_stops_admission_and_answers_when_the_last_request_is_gone(rig):
+    rig.exchange(a=("v1/completions", STREAM))
+    assert rig.exchange("a", d=("drain", None)) == {}
+    reply = rig.exchange("a", "d", n=("v1/completions", STREAM))["n"]
+    assert (reply.status, reply.headers) == (503, {"Retry-After": "5"})
+    assert json.loads(reply.body)["error"]["code"] == "draining"
+    health = rig.exchange("a", "d", h=("health", None))["h"]
+    assert (health.status, json.loads(health.body)) == (200, {"status": "draining"})
+    assert rig.exchange("a", "d") == {}
+    rig.gain("a", "fox", finish_reason="length")
+    replies = rig.exchange("a", "d")
+    assert replies["a"].last is True
+    assert json.loads(replies["d"].body) == {"status": "drained"}
+    assert rig.exchange(n=("v1/completions", STREAM))["n"].status == 503
+
+
+def test_drain_of_an_idle_server_is_answered_at_once(rig):
+    assert json.loads(rig.exchange(d=("drain", None))["d"].body) == {"status": "drained"}
+
+
+def test_drain_gives_up_after_its_timeout_but_admits_nobody(rig):
+    rig.exchange(a=("v1/completions", STREAM))
+    rig.exchange("a", d=("drain", {"timeout": 3}))
+    rig.now += 3
+    reply = rig.exchange("a", "d")["d"]
+    assert reply.status == 504
+    assert "1 requests are still open" in json.loads(reply.body)["error"]["message"]
+    assert rig.exchange("a", n=("v1/completions", STREAM))["n"].status == 503
+
+
+@pytest.mark.parametrize("body", [{"timeout": -1}, {"timeout": "soon"}, {"x": 1}, b"{", [1]])
+def test_wrong_drain_stops_nothing(rig, body):
+    assert rig.exchange(d=("drain", body))["d"].status == 400
+    assert rig.exchange(n=("v1/completions", STREAM))["n"].status == 200
+
+
+def test_resume_takes_requests_again_and_ends_a_drain(rig):
+    rig.exchange(a=("v1/completions", STREAM))
+    rig.exchange("a", d=("drain", None))
+    replies = rig.exchange("a", "d", r=("resume", None))
+    assert replies["r"].status == 200
+    assert json.loads(replies["d"].body) == {"status": "resumed"}
+    assert rig.exchange("a", n=("v1/completions", STREAM))["n"].status == 200
+
+
+def test_drain_can_be_switched_off():
+    rig = Rig(enable_drain=False)
+    for route in ("drain", "resume"):
+        assert rig.exchange(d=(route, None))["d"].status == 404
+    assert rig.exchange(n=("v1/completions", STREAM))["n"].status == 200
+
+
+def test_client_that_leaves_a_drain_does_not_resume(rig):
+    rig.exchange(a=("v1/completions", STREAM))
+    rig.exchange("a", d=("drain", None))
+    assert rig.exchange("a", n=("v1/completions", STREAM))["n"].status == 503
