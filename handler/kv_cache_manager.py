@@ -103,7 +103,7 @@ class KVCacheManager:
         # content are one.
         self._writing: dict[bytes, int] = {}  # key -> CPU block
         self._loading: dict[bytes, int] = {}  # key -> GPU block
-        self._pending_loads: dict[str, set[int]] = {}  # request id -> GPU blocks not yet arrived
+        self._pending_loads: dict[str, set[int]] = {}  # sequence id -> GPU blocks not yet arrived
         self._failed_loads: set[str] = set()
         self._block_copies: list[tuple[int, int]] = []
         # What each GPU block held when it was last demoted: copied out once, even if the CPU tier
@@ -120,12 +120,14 @@ class KVCacheManager:
     def match(self, sequence: Sequence, *, allow_loads: bool = True) -> PrefixMatch:
         """The longest prefix that is at hand, leaving at least the last token to compute.
 
-        ``allow_loads=False`` looks at the GPU tier only.
+        It is no longer than ``sequence.max_cached_tokens``. ``allow_loads=False`` looks at the GPU
+        tier only.
         """
         hashes = self._known_hashes(sequence)
         gpu_blocks: list[int] = []
         cpu_blocks: list[int] = []
-        num_full = (sequence.num_tokens - 1) // self.block_size
+        max_tokens = sequence.max_cached_tokens
+        num_full = max_tokens // self.block_size
         for block_hash in hashes[:num_full]:
             gpu_block = self._lookup_gpu(block_hash)
             cpu_block = self.cpu.lookup(block_hash) if allow_loads else None
@@ -139,7 +141,7 @@ class KVCacheManager:
             gpu_blocks.append(_NOT_ON_GPU)
             cpu_blocks.append(tail)
             num_tokens = sequence.num_swapped_tokens
-        elif len(hashes) > num_full:
+        elif len(hashes) > num_full and max_tokens == sequence.num_tokens - 1:
             # The known tokens end with a full block: where it is cached, only its last token is
             # computed again, into a copy of it.
             last = self.gpu.lookup(hashes[num_full])
@@ -170,7 +172,7 @@ class KVCacheManager:
 
     def is_loaded(self, sequence: Sequence) -> bool:
         """Whether every block that a loading sequence waits for has arrived or failed."""
-        return not self._pending_loads[sequence.request_id]
+        return not self._pending_loads[sequence.sequence_id]
 
     def num_blocks_to_copy_out(self, sequence: Sequence) -> int:
         """Computed blocks without a copy in the CPU tier: what swapping would have to move."""
@@ -206,7 +208,7 @@ class KVCacheManager:
         sequence.num_computed_tokens = match.num_tokens
         sequence.num_published_blocks = match.num_tokens // self.block_size
         if pending:
-            self._pending_loads[sequence.request_id] = pending
+            self._pending_loads[sequence.sequence_id] = pending
         else:
             self._release_swapped(sequence)
         return bool(pending)
@@ -217,9 +219,9 @@ class KVCacheManager:
         Returns whether it succeeded. If not, the sequence holds no GPU block afterwards; what did
         arrive stays cached, and what failed is not tried again.
         """
-        del self._pending_loads[sequence.request_id]
-        if sequence.request_id in self._failed_loads:
-            self._failed_loads.remove(sequence.request_id)
+        del self._pending_loads[sequence.sequence_id]
+        if sequence.sequence_id in self._failed_loads:
+            self._failed_loads.remove(sequence.sequence_id)
             self._release_table(sequence)
             return False
         self._release_swapped(sequence)
@@ -239,6 +241,17 @@ class KVCacheManager:
         table.extend(fresh)
         return True
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let ``child`` share all of the parent's blocks, the partly filled last one too.
+
+        Whoever writes into that one next gets a copy of it, as long as another holds it.
+        """
+        table = parent.block_tables[0]
+        self.gpu.share(table)
+        child.block_tables = [list(table)]
+        child.num_computed_tokens = parent.num_computed_tokens
+        child.num_published_blocks = parent.num_published_blocks
+
     def publish_computed(self, sequence: Sequence) -> None:
         """Make full blocks findable whose tokens are known and whose computation was launched.
 
@@ -253,7 +266,8 @@ class KVCacheManager:
         for block_id, block_hash in zip(
             sequence.block_tables[0][first:num_full], hashes[first:num_full], strict=True
         ):
-            self.gpu.publish(block_id, block_hash)
+            if self.gpu.hash_of(block_id) is None:  # else a fork that shares it was first
+                self.gpu.publish(block_id, block_hash)
         sequence.num_published_blocks = num_full
 
     def swap_out(self, sequence: Sequence) -> bool:
@@ -289,11 +303,12 @@ class KVCacheManager:
 
     def free(self, sequence: Sequence) -> None:
         """Take everything from a sequence that ends, in whatever state it is."""
-        self._pending_loads.pop(sequence.request_id, None)
-        self._failed_loads.discard(sequence.request_id)
+        self._pending_loads.pop(sequence.sequence_id, None)
+        self._failed_loads.discard(sequence.sequence_id)
         if sequence.block_tables and not self.enable_prefix_caching:
             for block_id in sequence.block_tables[0]:
-                self.gpu.unpublish(block_id)
+                if self.gpu.num_references(block_id) == 1:  # no fork has it too
+                    self.gpu.unpublish(block_id)
         self._release_table(sequence)
         self._release_swapped(sequence)
 
@@ -337,11 +352,11 @@ class KVCacheManager:
                     self.gpu.publish(destination, key)
                 self.cpu.end_copy(source)
                 self.gpu.end_copy(destination)
-                for request_id, pending in self._pending_loads.items():
+                for sequence_id, pending in self._pending_loads.items():
                     if destination in pending:
                         pending.remove(destination)
                         if not ok:
-                            self._failed_loads.add(request_id)
+                            self._failed_loads.add(sequence_id)
         return transfer
 
     def plan_demotion(self) -> None:
@@ -425,7 +440,11 @@ class KVCacheManager:
         if index >= len(table):
             return False
         block_id = table[index]
-        return self.gpu.num_references(block_id) > 1 or self.gpu.hash_of(block_id) is not None
+        return self._num_holders(block_id) > 1 or self.gpu.hash_of(block_id) is not None
+
+    def _num_holders(self, block_id: int) -> int:
+        """Tables that have the block, not counting those that get a copy of it in this step."""
+        return self.gpu.num_references(block_id) - self._retired.count(block_id)
 
     def _copy_on_write(self, sequence: Sequence, num_more: int) -> bool:
         """Put a private copy in the place of the next block written; False if there is no room.
@@ -441,7 +460,7 @@ class KVCacheManager:
             table[index] = fresh[0]
             self._retired.append(source)
             return True
-        if self.gpu.num_references(source) == 1 and not self.gpu.is_copying(source):
+        if self._num_holders(source) == 1 and not self.gpu.is_copying(source):
             self.gpu.unpublish(source)  # nobody else has it: written in place
             return True
         return False
@@ -499,7 +518,7 @@ class KVCacheManager:
     @staticmethod
     def _tail_key(sequence: Sequence, num_tokens: int) -> bytes:
         """Private to the sequence, and never equal to a content hash (which has 32 bytes)."""
-        return b"tail:%d:%b" % (num_tokens, sequence.request_id.encode()) + bytes(32)
+        return b"tail:%d:%b" % (num_tokens, sequence.sequence_id.encode()) + bytes(32)
 
     @staticmethod
     def _is_tail_key(key: bytes) -> bool:

@@ -20,18 +20,25 @@ PREEMPTED  ran before; holds no GPU block; may hold CPU blocks
 FINISHED   holds nothing
 """
 
+import copy
 import enum
 import secrets
 import time
 from collections.abc import Sequence as AbcSequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from pagetier.handler.errors import InvalidRequest
 
+if TYPE_CHECKING:
+    from pagetier.handler.sequence_group import SequenceGroup
+
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_SEQUENCES = 64
+MAX_LOGIT_BIAS_TOKENS = 1024
+MAX_BAD_WORDS = 256
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +55,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         max_tokens: most tokens to generate; None means up to the model's length.
         ignore_eos: go on past the model's end-of-sequence tokens.
         logprobs: report this many most likely tokens beside the chosen one (0 to 20).
+        min_p: keep tokens at least this share as likely as the most likely one, in [0, 1].
+        presence_penalty: taken off the logit of each token that the output has, -2 to 2.
+        frequency_penalty: taken off once for each time that the output has it, -2 to 2.
+        repetition_penalty: logits of tokens in prompt or output are divided by this if positive,
+            multiplied if negative; above 0, and 1 changes nothing.
+        logit_bias: added to the logits of these token ids, -100 to 100.
+        allowed_token_ids: only these may be chosen; None allows all.
+        bad_words: what the output must never contain: texts, or lists of token ids. The engine
+            takes token ids only (``Tokenizer.with_bad_word_tokens``).
+        min_tokens: neither end-of-sequence nor stop tokens, and no stop text, before so many.
+        prompt_logprobs: report this many most likely tokens beside each of the prompt (0 to 20).
+            Such a prompt is computed as a whole, whatever of it is cached.
+        include_stop_str_in_output: the stop text, or the stop token's, is part of the output.
+        skip_special_tokens: special tokens have no text.
+        n: how many outputs the request has.
+        best_of: generate this many and give out the ``n`` most likely ones; None is ``n``.
+        use_beam_search: the outputs are the best of a search with ``best_of`` beams.
+        length_penalty: of the search: above 0 favours long outputs.
+        early_stopping: of the search: end as soon as there are enough outputs (True), once better
+            ones are unlikely (False), or once they are impossible (``never``).
 
     Raises:
         InvalidRequest: a value is impossible; ``param`` names it.
@@ -62,11 +89,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_tokens: int | None = 16
     ignore_eos: bool = False
     logprobs: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: AbcSequence[int] | None = None
+    bad_words: AbcSequence[str | AbcSequence[int]] | None = ()
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         msgspec.structs.force_setattr(self, "stop", stop)
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        bad_words = tuple(w if isinstance(w, str) else tuple(w) for w in self.bad_words or ())
+        msgspec.structs.force_setattr(self, "bad_words", bad_words)
 
         def require(ok: bool, param: str, rule: str) -> None:
             if not ok:
@@ -85,6 +130,39 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "logprobs",
             f"0 to {MAX_LOGPROBS}",
         )
+        require(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1")
+        require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "from -2 to 2")
+        require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "from -2 to 2")
+        require(
+            0.0 < self.repetition_penalty < float("inf"), "repetition_penalty", "a number above 0"
+        )
+        bias = self.logit_bias or {}
+        require(
+            len(bias) <= MAX_LOGIT_BIAS_TOKENS
+            and all(t >= 0 and -100.0 <= value <= 100.0 for t, value in bias.items()),
+            "logit_bias",
+            f"at most {MAX_LOGIT_BIAS_TOKENS} token ids with numbers from -100 to 100",
+        )
+        require(
+            self.allowed_token_ids is None
+            or (len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0),
+            "allowed_token_ids",
+            "a list of at least one token id",
+        )
+        require(
+            # A text may become two lists of token ids.
+            sum(1 + isinstance(w, str) for w in bad_words) <= 2 * MAX_BAD_WORDS
+            and all(w and (isinstance(w, str) or min(w) >= 0) for w in bad_words),
+            "bad_words",
+            f"at most {MAX_BAD_WORDS} non-empty texts, or twice as many lists of token ids",
+        )
+        most = self.max_tokens if self.max_tokens is not None else float("inf")
+        require(0 <= self.min_tokens <= most, "min_tokens", "0 or more and at most max_tokens")
+        require(
+            self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
+            "prompt_logprobs",
+            f"0 to {MAX_LOGPROBS}",
+        )
         require(
             len(stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in stop),
             "stop",
@@ -95,6 +173,64 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "stop_token_ids",
             "a list of token ids",
         )
+        require(1 <= self.n <= MAX_SEQUENCES, "n", f"1 to {MAX_SEQUENCES}")
+        require(
+            self.best_of is None or self.n <= self.best_of <= MAX_SEQUENCES,
+            "best_of",
+            f"at least n ({self.n}) and at most {MAX_SEQUENCES}",
+        )
+        require(abs(self.length_penalty) < 100.0, "length_penalty", "a number from -100 to 100")
+        if self.num_sequences > self.n or self.use_beam_search:
+            # What a stop text cuts off would have been part of the comparison.
+            require(not stop, "stop", "left out with best_of and use_beam_search")
+        if self.use_beam_search:
+            require(self.temperature == 0.0, "temperature", "0 with use_beam_search")
+            for name in _NOT_WITH_BEAMS:
+                neutral = _DEFAULTS[name]
+                value = getattr(self, name)
+                require(
+                    value == neutral or not (value or neutral),
+                    name,
+                    "left out with use_beam_search",
+                )
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are generated for the request's ``n`` outputs."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that came before are favoured or disfavoured."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything is done to logits beside choosing from their distribution."""
+        return (
+            self.has_penalties
+            or bool(self.logit_bias or self.bad_words or self.min_tokens)
+            or self.allowed_token_ids is not None
+        )
+
+
+# A search ranks by the model's raw distribution and reports nothing of each token.
+_NOT_WITH_BEAMS = (
+    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+    "allowed_token_ids", "bad_words", "min_tokens", "logprobs", "prompt_logprobs",
+)  # fmt: skip
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(SamplingParams)}
+
+
+def with_logprobs(params: SamplingParams, num_logprobs: int) -> SamplingParams:
+    """``params`` with this many log-probabilities for each token, more than clients may ask for."""
+    changed = copy.copy(params)
+    msgspec.structs.force_setattr(changed, "logprobs", num_logprobs)
+    return changed
 
 
 # --- messages between handler and engine process ---------------------------------------------
@@ -112,9 +248,13 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag=True):
-    """Stop these requests, in whatever state, and free what they hold; unknown ids are fine."""
+    """Stop these requests, in whatever state, and free what they hold; unknown ids are fine.
+
+    ``outputs`` stops single outputs: pairs of a request id and an index.
+    """
 
     request_ids: list[str]
+    outputs: list[tuple[str, int]] = []
 
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
@@ -141,6 +281,8 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
 
     ``finish_reason``: ``stop`` (``stop_reason`` is the token id, None for end of sequence),
     ``length``, ``abort`` or ``error`` (``error`` has the sentence, ``error_status`` its status).
+    ``prompt_logprobs``: of the prompt's tokens from the second on, with the first output token.
+    ``index``: which of the request's outputs this is about; each finishes by itself.
     ``queue_seconds``: how long it waited before it was first scheduled.
     """
 
@@ -155,6 +297,8 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     error_status: int = 500
     retry_after: int | None = None
     queue_seconds: float = 0.0
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    index: int = 0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
@@ -202,6 +346,9 @@ class SequenceStatus(enum.Enum):
     FINISHED = "finished"
 
 
+# Seeds of a request's sequences lie this far apart (an odd number without pattern in its bits).
+_SEED_STEP = 0x1E3779B97F4A7C15
+
 _S = SequenceStatus
 _LEGAL_MOVES = {
     _S.WAITING: {_S.RUNNING, _S.LOADING, _S.FINISHED},
@@ -228,19 +375,24 @@ class Sequence:
         "block_hashes",
         "block_tables",
         "cache_salt",
+        "changes_logits",
         "eos_token_ids",
         "finish_reason",
+        "group",
+        "index",
         "is_lockstep",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
         "num_overtaken",
         "num_preemptions",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_published_blocks",
         "num_swapped_tokens",
         "params",
         "priority",
+        "prompt_logprobs",
         "queue_seconds",
         "request_id",
         "row",
@@ -255,6 +407,7 @@ class Sequence:
         params = request.params
         self.request_id = request.request_id
         self.params = params
+        self.changes_logits = params.changes_logits
         self.priority = request.priority
         self.cache_salt = request.cache_salt
         self.eos_token_ids = () if params.ignore_eos else request.eos_token_ids
@@ -269,9 +422,16 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_overtaken = 0
+        # Tokens of the prompt whose successor's log-probabilities launched steps work out, and
+        # what was collected of them until the first output token takes it along.
+        self.num_prompt_logprobs = 0
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.status = SequenceStatus.WAITING
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
+        # Which of its request's sequences it is, and all of them together, if there are several.
+        self.index = 0
+        self.group: SequenceGroup | None = None
         # Whether its next token may only be planned once the one before it is known.
         self.is_lockstep = False
         # Index in the runner's per-sequence device buffers while it holds GPU blocks, else -1.
@@ -282,6 +442,27 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # chained content hashes of full blocks of known tokens
         self.num_published_blocks = 0  # leading blocks of the table whose hashes were published
 
+    def fork(self, index: int) -> "Sequence":
+        """A sequence of the same request with the same tokens, without blocks, row or tokens in
+        flight; it waits. Its random numbers differ from the parent's."""
+        child = copy.copy(self)
+        child.index = index
+        child.seed = (self.seed + index * _SEED_STEP) % 2**63
+        child.token_ids = list(self.token_ids)
+        child.block_hashes = list(self.block_hashes)
+        child.prompt_logprobs = []
+        child.block_tables, child.swapped_blocks = [], []
+        child.num_swapped_tokens = child.num_computed_tokens = child.num_published_blocks = 0
+        child.num_in_flight = child.num_overtaken = 0
+        child.row = -1
+        child.status = SequenceStatus.WAITING
+        return child
+
+    @property
+    def sequence_id(self) -> str:
+        """Names it among all sequences of the engine."""
+        return self.request_id if self.index == 0 else f"{self.request_id}#{self.index}"
+
     def move_to(self, status: SequenceStatus) -> None:
         """Change state; an illegal move is a bug of ours and asserts."""
         assert status in _LEGAL_MOVES[self.status], (self.request_id, self.status, status)
@@ -291,6 +472,18 @@ class Sequence:
     def num_tokens(self) -> int:
         """Known tokens: the prompt and all collected output."""
         return len(self.token_ids)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """How many leading tokens may come from a cache; the last known one never does.
+
+        A prompt whose log-probabilities are wanted is computed where they are not known yet.
+        """
+        most = len(self.token_ids) - 1
+        if self.params.prompt_logprobs is None:
+            return most
+        is_known = self.num_prompt_logprobs == self.num_prompt_tokens - 1
+        return most if is_known else self.num_prompt_logprobs
 
     @property
     def num_output_tokens(self) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pagetier.handler.config import EngineConfig
-from pagetier.handler.errors import QueueFull
+from pagetier.handler.errors import InvalidRequest, QueueFull
 from pagetier.handler.kv_cache_manager import Direction, KVCacheManager, PrefixMatch
 from pagetier.handler.metrics import EngineTotals
 from pagetier.handler.request import (
@@ -28,8 +28,15 @@ from pagetier.handler.request import (
     RequestOutput,
     Sequence,
     SequenceStatus,
+    TokenLogprobs,
 )
-from pagetier.handler.step import ScheduledSequence, StepPlan, StepResult
+from pagetier.handler.sequence_group import SequenceGroup
+from pagetier.handler.step import (
+    MAX_PROMPT_LOGPROBS_PER_STEP,
+    ScheduledSequence,
+    StepPlan,
+    StepResult,
+)
 from pagetier.offload.cost_model import CostModel
 
 logger = logging.getLogger(__name__)
@@ -65,10 +72,11 @@ class Scheduler:
         self.loading: list[Sequence] = []
         self.running: list[Sequence] = []
         self.trace: deque[dict[str, Any]] = deque(maxlen=_TRACE_STEPS)
-        self._sequences: dict[str, Sequence] = {}
+        self._sequences: dict[str, list[Sequence]] = {}  # of each request, all that live
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._num_arrived = 0
         self._step_id = 0
+        self._prompt_logprobs_room = 0  # positions that the step being planned may still take
         self._decisions: list[dict[str, Any]] = []
 
     # --- arrival and departure ---
@@ -87,21 +95,55 @@ class Scheduler:
         assert request.request_id not in self._sequences, request.request_id
         sequence = Sequence(request, self._num_arrived)
         self._num_arrived += 1
-        self._sequences[request.request_id] = sequence
+        self._sequences[request.request_id] = [sequence]
+        params = request.params
+        if params.num_sequences > 1 or params.use_beam_search:
+            num_prompt_tokens = sequence.num_prompt_tokens
+            SequenceGroup(request, self._max_tokens(sequence) - num_prompt_tokens).adopt(sequence)
         bisect.insort(self.waiting, sequence, key=self._order)
+
+    def check_beams(self, request: AddRequest) -> None:
+        """Raise if the beams of a search could never all be held at once.
+
+        They advance together, so each may have to wait for all others with its blocks in hand.
+
+        Raises:
+            InvalidRequest: there are more beams than seats or blocks.
+        """
+        params = request.params
+        if not params.use_beam_search:
+            return
+        width, seats = params.num_sequences, self.config.max_num_seqs
+        longest = len(request.prompt_token_ids) + (params.max_tokens or self.max_model_len)
+        longest = min(longest, self.max_model_len)
+        # The last token of all is never computed.
+        num_blocks = width * self.manager.num_blocks_for(longest - 1)
+        if width > seats or num_blocks > self.manager.gpu.num_blocks:
+            raise InvalidRequest(
+                f"A search with {width} beams of up to {longest} tokens takes {width} seats "
+                f"and {num_blocks} KV blocks, but there are {seats} and "
+                f"{self.manager.gpu.num_blocks}; lower n, best_of or max_tokens.",
+                param="best_of" if params.best_of else "n",
+            )
 
     @property
     def has_queue_room(self) -> bool:
         """Whether one more request may wait; preempted ones are not counted."""
-        num_new = sum(s.num_preemptions == 0 for s in self.waiting)
+        num_new = sum(s.num_preemptions == 0 and s.index == 0 for s in self.waiting)
         return num_new < self.config.max_num_queued_reqs
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """End these requests in whatever state; unknown ids are fine."""
+    def abort(self, request_ids: Iterable[str], outputs: Iterable[tuple[str, int]] = ()) -> None:
+        """End these requests in whatever state; unknown ids are fine.
+
+        ``outputs`` ends single ones of their sequences: pairs of a request id and an index.
+        """
         for request_id in request_ids:
-            sequence = self._sequences.get(request_id)
-            if sequence is not None:
+            for sequence in list(self._sequences.get(request_id, ())):
                 self._finish(sequence, "abort")
+        for request_id, index in outputs:
+            for sequence in list(self._sequences.get(request_id, ())):
+                if sequence.index == index:
+                    self._finish(sequence, "abort")
 
     @property
     def has_work(self) -> bool:
@@ -113,13 +155,17 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step; it may be empty when everything waits for copies."""
         self._decisions = []
+        self._prompt_logprobs_room = MAX_PROMPT_LOGPROBS_PER_STEP
         self.manager.begin_step()
         self._settle_loads()
+        self._fork_computed_prompts()
         self._preempt_for_priority()
         num_preemptions = self.totals.num_preemptions
         scheduled, stalled = self._schedule_running()
         if not stalled and num_preemptions == self.totals.num_preemptions:
             self._admit_waiting(scheduled)
+        if not scheduled:
+            self._break_standstill()
         self.manager.plan_demotion()
         plan = StepPlan(self._step_id, scheduled, self.manager.take_block_copies())
         self._commit(plan)
@@ -139,8 +185,8 @@ class Scheduler:
         while position < len(self.running):
             sequence = self.running[position]
             num_tokens = self._num_wanted(sequence)
-            if num_tokens > 1:
-                num_tokens = min(num_tokens, prefill_budget)
+            if sequence.num_uncomputed_tokens > 1:
+                num_tokens = self._limit_logprobs(sequence, min(num_tokens, prefill_budget))
                 prefill_budget -= num_tokens
             if num_tokens == 0:
                 position += 1
@@ -181,8 +227,10 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget == 0 or not self._free_rows or len(misfits) >= _MAX_MISFITS:
                 break
+            if _has_told(sequence):
+                continue  # its next token is chosen once the other beams have told theirs
             match = self._match(sequence) if self._is_settled(sequence) else None
-            if match is None or not self._fits(sequence, match):
+            if match is None or not self._fits(sequence, match, is_busy=bool(scheduled)):
                 misfits.append(sequence)
                 if sequence.num_overtaken >= self.config.max_overtaken:
                     break
@@ -192,7 +240,10 @@ class Scheduler:
                 passed.num_overtaken += 1
             if sequence.status is SequenceStatus.RUNNING:
                 num_tokens = min(self._num_wanted(sequence), budget)
-                if self.manager.grow(sequence, sequence.num_computed_tokens + num_tokens):
+                num_tokens = self._limit_logprobs(sequence, num_tokens)
+                if num_tokens and self.manager.grow(
+                    sequence, sequence.num_computed_tokens + num_tokens
+                ):
                     budget -= num_tokens
                     scheduled.append(self._share(sequence, num_tokens))
             if any(s.num_overtaken >= self.config.max_overtaken for s in misfits):
@@ -219,19 +270,15 @@ class Scheduler:
                 return without
         return match
 
-    def _fits(self, sequence: Sequence, match: PrefixMatch) -> bool:
-        """Whether all known tokens and one more fit beside the running sequences' next blocks."""
+    def _fits(self, sequence: Sequence, match: PrefixMatch, *, is_busy: bool) -> bool:
+        """Whether all known tokens and one more fit, and leave some room if others run."""
         missing = self.manager.num_missing_blocks(match, self._reservation(sequence))
-        watermark = max(1, self.manager.gpu.num_blocks // 100) if self._is_busy else 0
+        watermark = max(1, self.manager.gpu.num_blocks // 100) if is_busy or self.loading else 0
         return missing + watermark <= self.manager.gpu.num_free
 
     def _reservation(self, sequence: Sequence) -> int:
         """Tokens that a sequence needs room for before it starts: what it has, and one more."""
         return min(sequence.num_tokens + 1, self._max_tokens(sequence))
-
-    @property
-    def _is_busy(self) -> bool:
-        return bool(self.running or self.loading)
 
     def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         self.waiting.remove(sequence)
@@ -239,8 +286,10 @@ class Scheduler:
         sequence.num_overtaken = 0
         num_swapped = sequence.num_swapped_tokens
         must_load = self.manager.admit(sequence, match, self._reservation(sequence))
+        # A fork that had no seat starts anew too, but its prompt was counted with the first.
         is_new = sequence.num_preemptions == 0
-        if is_new:
+        if is_new and sequence.index == 0:
+            self.totals.prompt_tokens += sequence.num_prompt_tokens
             sequence.queue_seconds = time.monotonic() - sequence.arrived_at
             sequence.num_cached_tokens = match.num_tokens
             self.totals.prefix_cache_queries += sequence.num_tokens
@@ -279,6 +328,9 @@ class Scheduler:
         """Tokens the sequence could compute now; 0 if its last one is already in flight."""
         if sequence.is_lockstep and sequence.num_in_flight:
             return 0
+        if sequence.group is not None and sequence.group.num_unborn:
+            # The others fork from it before the last token of the prompt, which each computes.
+            return max(sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens, 0)
         if sequence.num_tokens + sequence.num_in_flight >= self._max_tokens(sequence):
             return 0
         return sequence.num_uncomputed_tokens
@@ -289,10 +341,84 @@ class Scheduler:
             return self.max_model_len
         return min(sequence.num_prompt_tokens + sequence.params.max_tokens, self.max_model_len)
 
-    @staticmethod
-    def _share(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    def _share(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         samples = num_tokens == sequence.num_uncomputed_tokens
-        return ScheduledSequence(sequence, sequence.num_computed_tokens, num_tokens, samples)
+        start = sequence.num_computed_tokens
+        first, end = self._prompt_logprobs(sequence, num_tokens)
+        self._prompt_logprobs_room -= end - first
+        return ScheduledSequence(sequence, start, num_tokens, samples, (first, end))
+
+    def _limit_logprobs(self, sequence: Sequence, num_tokens: int) -> int:
+        """``num_tokens``, or so many that the step has room for the prompt's log-probabilities."""
+        first, end = self._prompt_logprobs(sequence, num_tokens)
+        if end - first <= self._prompt_logprobs_room:
+            return num_tokens
+        return first + self._prompt_logprobs_room - sequence.num_computed_tokens
+
+    @staticmethod
+    def _prompt_logprobs(sequence: Sequence, num_tokens: int) -> tuple[int, int]:
+        """Positions of the next ``num_tokens`` whose successors' log-probabilities are missing."""
+        if sequence.params.prompt_logprobs is None:
+            return (0, 0)
+        start = sequence.num_computed_tokens
+        first = max(start, sequence.num_prompt_logprobs)
+        end = min(start + num_tokens, sequence.num_prompt_tokens - 1)
+        return (first, end) if first < end else (0, 0)
+
+    # --- forks ---
+
+    def _fork_computed_prompts(self) -> None:
+        """Fork the samples of requests whose prompt is computed up to its last token."""
+        for sequence in list(self.running):
+            group = sequence.group
+            if group is None or sequence.num_computed_tokens < sequence.num_prompt_tokens - 1:
+                continue
+            while group.num_unborn:
+                self._fork(sequence)
+
+    def _fork(self, parent: Sequence) -> Sequence:
+        """A sequence beside its parent: running on its blocks if there is a seat, else waiting."""
+        assert parent.group is not None
+        child = parent.group.fork(parent)
+        self._sequences[parent.request_id].append(child)
+        if parent.status is SequenceStatus.RUNNING and self._free_rows:
+            child.row = self._free_rows.pop()
+            self.manager.fork(parent, child)
+            self._start(child)
+        else:
+            bisect.insort(self.waiting, child, key=self._order)
+        return child
+
+    def _advance_beams(self, group: SequenceGroup) -> list[RequestOutput]:
+        """Go on with the best continuations of all beams, or end the search."""
+        continuations = group.advance()
+        beams = group.beams
+        if continuations is None:
+            outputs = group.results(beams[0])
+            for beam in beams:
+                self._remove(beam)
+            for output in outputs:
+                self.totals.request_success[str(output.finish_reason)] += 1
+            return outputs
+        # A beam with several continuations is forked before its own token is added to it.
+        first_children: dict[int, int] = {}
+        next_beams: list[Sequence] = []
+        for position, continuation in enumerate(continuations):
+            parent = beams[continuation.parent]
+            if continuation.parent in first_children:
+                next_beams.append(self._fork(parent))
+            else:
+                first_children[continuation.parent] = position
+                next_beams.append(parent)
+        for beam, continuation in zip(next_beams, continuations, strict=True):
+            beam.token_ids.append(continuation.token_id)
+        for position, beam in enumerate(beams):
+            if position not in first_children:
+                self._remove(beam)
+            elif beam.block_tables:
+                self.manager.publish_computed(beam)
+        group.beams = next_beams
+        return []
 
     # --- preemption ---
 
@@ -352,6 +478,18 @@ class Scheduler:
                 return
             self._preempt(self.running[-1], f"{first.request_id} has priority")
 
+    def _break_standstill(self) -> None:
+        """Take the blocks of an idle beam whose search waits for a beam that has none.
+
+        Beams advance together, so two searches could each hold what the other needs.
+        """
+        waiting = [s for s in self.waiting if self._is_settled(s) and not _has_told(s)]
+        if not waiting or not self.running or self.manager.num_transfers_in_flight:
+            return
+        victim = self.running[-1]
+        if victim.group is not waiting[0].group and not any(s.num_in_flight for s in self.running):
+            self._preempt(victim, f"{waiting[0].sequence_id} and all others wait for blocks")
+
     def _requeue(self, sequence: Sequence) -> None:
         self._free_rows.append(sequence.row)
         sequence.row = -1
@@ -368,6 +506,9 @@ class Scheduler:
             sequence = share.sequence
             sequence.num_computed_tokens += share.num_tokens
             sequence.num_in_flight += share.samples
+            sequence.num_prompt_logprobs = max(
+                sequence.num_prompt_logprobs, share.prompt_logprobs[1]
+            )
             if share.num_tokens > 1:  # a decode's token is not known yet
                 self.manager.publish_computed(sequence)
         if plan.scheduled:
@@ -400,6 +541,9 @@ class Scheduler:
         """Take in the tokens of a collected step; tokens of ended sequences are discarded."""
         outputs = []
         block_size = self.config.block_size
+        scored = [share.sequence for share in plan.scheduled if any(share.prompt_logprobs)]
+        for sequence, prompt_logprobs in zip(scored, result.prompt_logprobs, strict=True):
+            sequence.prompt_logprobs += prompt_logprobs
         sampled = [share.sequence for share in plan.scheduled if share.samples]
         for sequence, token_id, logprobs in zip(
             sampled, result.token_ids, result.logprobs, strict=True
@@ -407,23 +551,29 @@ class Scheduler:
             if sequence.is_finished:
                 continue
             sequence.num_in_flight -= 1
+            if sequence.group is not None and sequence.group.is_search:
+                assert logprobs is not None, sequence.request_id
+                self.totals.generation_tokens += 1
+                if sequence.group.collect(sequence, logprobs):
+                    outputs += self._advance_beams(sequence.group)
+                continue
             sequence.token_ids.append(token_id)
-            if sequence.num_output_tokens == 1:
-                self.totals.prompt_tokens += sequence.num_prompt_tokens
             self.totals.generation_tokens += 1
             finish_reason = self._finish_reason(sequence, token_id)
-            outputs.append(
-                RequestOutput(
-                    request_id=sequence.request_id,
-                    new_token_ids=[token_id],
-                    logprobs=None if logprobs is None else [logprobs],
-                    finish_reason=finish_reason,
-                    stop_reason=sequence.stop_reason,
-                    num_cached_tokens=sequence.num_cached_tokens,
-                    num_preemptions=sequence.num_preemptions,
-                    queue_seconds=sequence.queue_seconds,
-                )
+            output = RequestOutput(
+                request_id=sequence.request_id,
+                new_token_ids=[token_id],
+                logprobs=None if logprobs is None else [logprobs],
+                finish_reason=finish_reason,
+                stop_reason=sequence.stop_reason,
+                num_cached_tokens=sequence.num_cached_tokens,
+                num_preemptions=sequence.num_preemptions,
+                queue_seconds=sequence.queue_seconds,
+                prompt_logprobs=self._take_prompt_logprobs(sequence),
+                index=sequence.index,
             )
+            group = sequence.group
+            outputs += [output] if group is None else group.pass_on(output)
             if finish_reason is not None:
                 self._finish(sequence, finish_reason)
             elif sequence.block_tables and sequence.num_tokens >= block_size * (
@@ -431,6 +581,14 @@ class Scheduler:
             ):
                 self.manager.publish_computed(sequence)
         return outputs
+
+    @staticmethod
+    def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
+        """What goes out with a sequence's first token, if it was asked for."""
+        if sequence.params.prompt_logprobs is None or sequence.num_output_tokens != 1:
+            return None
+        taken, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+        return taken
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         if token_id in sequence.eos_token_ids:
@@ -441,6 +599,13 @@ class Scheduler:
         return "length" if sequence.num_tokens >= self._max_tokens(sequence) else None
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence of whose result the client is told."""
+        self._remove(sequence)
+        sequence.finish_reason = reason
+        self.totals.request_success[reason] += 1
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a sequence out of the engine, with all it holds."""
         for queue in (self.running, self.waiting, self.loading):
             if sequence in queue:
                 queue.remove(sequence)
@@ -451,10 +616,11 @@ class Scheduler:
         if sequence.row >= 0:
             self._free_rows.append(sequence.row)
             sequence.row = -1
-        sequence.finish_reason = reason
         sequence.move_to(SequenceStatus.FINISHED)
-        del self._sequences[sequence.request_id]
-        self.totals.request_success[reason] += 1
+        siblings = self._sequences[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request_id]
 
     def complete_transfer(self, transfer_id: int, *, error: str | None, seconds: float) -> None:
         """A copy between the tiers has ended after ``seconds``, or failed with ``error``."""
@@ -496,12 +662,17 @@ class Scheduler:
 
     # --- helpers ---
 
-    def _order(self, sequence: Sequence) -> tuple[int, int]:
+    def _order(self, sequence: Sequence) -> tuple[int, int, int]:
         if self.config.scheduling_policy == "fcfs":
-            return (0, sequence.arrival)
-        return (sequence.priority, sequence.arrival)
+            return (0, sequence.arrival, sequence.index)
+        return (sequence.priority, sequence.arrival, sequence.index)
 
     def _decide(self, action: str, sequence: Sequence, **details: Any) -> None:
         if self.config.decision_trace:
             decision = {"action": action, "request_id": sequence.request_id, **details}
             self._decisions.append(decision)
+
+
+def _has_told(sequence: Sequence) -> bool:
+    """Whether it is a beam that waits for the others of its search."""
+    return sequence.group is not None and sequence.group.is_ready(sequence)

@@ -10,6 +10,11 @@ from typing import Any, Protocol
 from pagetier.handler.request import Sequence, TokenLogprobs
 
 
+# Positions of prompts, at most, for which a step works out log-probabilities: each needs a row of
+# logits, and the memory for them is set aside.
+MAX_PROMPT_LOGPROBS_PER_STEP = 256
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """A sequence's share of a step: tokens ``[start, start + num_tokens)``.
@@ -17,12 +22,15 @@ class ScheduledSequence:
     The last of these may be a token that an earlier launched step samples and that the host does
     not know yet (``start + num_tokens > sequence.num_tokens``): the runner then takes it from its
     own buffer, row ``sequence.row``. ``samples`` says whether a token is sampled after this share.
+    ``prompt_logprobs`` are the positions ``[first, end)`` of the share for whose successors, tokens
+    of the prompt, log-probabilities are to be reported.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    prompt_logprobs: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,10 +49,15 @@ class StepPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepResult:
-    """Tokens of a collected step, one for each scheduled sequence with ``samples``, in order."""
+    """Tokens of a collected step, one for each scheduled sequence with ``samples``, in order.
+
+    ``prompt_logprobs`` has a list for each scheduled sequence that wants any of this step, in
+    order.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[list[TokenLogprobs]] = dataclasses.field(default_factory=list)
 
 
 class StepHandle(Protocol):

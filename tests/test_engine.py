@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.fake_engine import FakeEngine, expected_tokens
+from support.fake_engine import FakeEngine, expected_beams, expected_tokens, output_name
 
 from pagetier.handler.errors import InvalidRequest, PromptTooLong, QueueFull
 
@@ -342,6 +342,80 @@ def test_kv_waste_stays_under_four_percent_at_block_size_16():
     assert stats["kv_waste_preallocated_perc"] > 0.6
 
 
+def test_samples_share_the_prompt_and_are_complete():
+    engine = FakeEngine(num_gpu_blocks=40, decision_trace=True)
+    prompt = prompt_of(22)
+    engine.add("a", prompt, max_tokens=6, n=4)
+    engine.run()
+    expected = expected_tokens(prompt, 6, ignore_eos=True)
+    assert [engine.tokens[name] for name in ("a", "a#1", "a#2", "a#3")] == [expected] * 4
+    assert len(engine.finished) == 4
+    # All but the prompt's last token was computed once.
+    computed = sum(n for step in engine.core.trace() for _, _, n in step["scheduled"])
+    assert computed == 21 + 4 * 6
+    assert engine.manager.gpu.num_free == 40
+
+
+def test_fork_copies_the_shared_tail_before_it_writes():
+    engine = FakeEngine(num_gpu_blocks=40, enable_prefix_caching=False)
+    engine.add("a", prompt_of(11), max_tokens=9, n=3)
+    copies = []
+    launch = engine.runner.launch
+    engine.runner.launch = lambda plan: copies.extend(plan.block_copies) or launch(plan)
+    engine.run()
+    # Ten tokens are shared: two full blocks and half a third. Two of three copy that one.
+    assert len(copies) == 2
+    assert len({source for source, _ in copies}) == 1
+
+
+def test_more_samples_than_seats_take_turns():
+    engine = FakeEngine(num_gpu_blocks=40, max_num_seqs=2)
+    engine.add("a", prompt_of(9), max_tokens=5, n=5)
+    engine.run()
+    expected = expected_tokens(prompt_of(9), 5, ignore_eos=True)
+    assert list(engine.tokens.values()) == [expected] * 5
+
+
+@pytest.mark.parametrize("num_gpu_blocks", [60, 21])
+def test_beams_equal_a_search_on_the_tokens_alone(num_gpu_blocks):
+    engine = FakeEngine(
+        num_gpu_blocks=num_gpu_blocks,
+        num_cpu_blocks=60,
+        preemption_mode="swap",
+        max_num_seqs=16,
+    )
+    for i in range(3):
+        engine.add(f"b{i}", prompt_of(7 + i, i), 12, n=4, use_beam_search=True, ignore_eos=False)
+    engine.add("other", prompt_of(9, 9), max_tokens=14)
+    engine.run()
+    for i in range(3):
+        names = [f"b{i}", f"b{i}#1", f"b{i}#2", f"b{i}#3"]
+        expected = expected_beams(prompt_of(7 + i, i), 4, 12)
+        assert [engine.tokens[name] for name in names] == expected
+    assert engine.tokens["other"] == expected_tokens(prompt_of(9, 9), 14, ignore_eos=True)
+    assert (engine.scheduler.totals.num_preemptions > 0) == (num_gpu_blocks == 21)
+    assert engine.manager.gpu.num_free == num_gpu_blocks
+
+
+def test_search_that_could_never_be_held_is_refused():
+    engine = FakeEngine(num_gpu_blocks=10, max_num_seqs=4)
+    with pytest.raises(InvalidRequest, match=r"4 beams .* 12 KV blocks, but there are 4 and 10"):
+        engine.add("a", prompt_of(4), max_tokens=8, n=4, use_beam_search=True)
+    with pytest.raises(InvalidRequest, match=r"5 beams"):
+        engine.add("a", prompt_of(1), max_tokens=1, n=5, use_beam_search=True)
+
+
+def test_one_output_can_be_aborted_alone():
+    engine = FakeEngine(num_gpu_blocks=40)
+    engine.add("a", prompt_of(9), max_tokens=8, n=3)
+    for _ in range(4):
+        engine.step()
+    engine.core.abort([], [("a", 1)])
+    engine.run()
+    assert sorted(engine.finished) == ["a", "a#2"]
+    assert len(engine.tokens["a#1"]) < 8
+
+
 @st.composite
 def engines(draw):
     """Settings under which some tens of requests of up to 24 tokens do not fit at once."""
@@ -376,17 +450,26 @@ def test_any_history_keeps_the_invariants_and_the_tokens(settings, num_requests,
         clock += rng.choice([0, 0, 0, 1, 3])
         name, length, max_tokens = f"r{i}", rng.randint(1, 14), rng.randint(1, 10)
         prompt = [*prompt_of(length - 1, rng.randrange(3)), rng.randint(1, 3)]
-        ignore_eos, priority = rng.random() < 0.8, rng.randrange(3)
-        events.append((clock, name, (prompt, max_tokens, priority, ignore_eos)))
+        kwargs = {"priority": rng.randrange(3), "ignore_eos": rng.random() < 0.8}
+        if rng.random() < 0.3:
+            kwargs["n"] = rng.randint(2, 4)
+        elif rng.random() < 0.15:
+            kwargs |= {"n": min(2, len(prompt)), "use_beam_search": True, "ignore_eos": False}
+            prompt, max_tokens = prompt[-4:], min(max_tokens, 6)
+        events.append((clock, name, (prompt, max_tokens, kwargs)))
         if rng.random() < 0.2:
             events.append((clock + rng.randrange(30), name, ()))
+        elif "use_beam_search" in kwargs:
+            beams = expected_beams(prompt, kwargs["n"], max_tokens)
+            expected |= {output_name(name, i): tokens for i, tokens in enumerate(beams)}
         else:
-            expected[name] = expected_tokens(prompt, max_tokens, ignore_eos=ignore_eos)
+            tokens = expected_tokens(prompt, max_tokens, ignore_eos=kwargs["ignore_eos"])
+            expected |= {output_name(name, i): tokens for i in range(kwargs.get("n", 1))}
     for step in range(max(when for when, *_ in events) + 1):
         for when, name, request in events:
             if when == step and request:
-                prompt, max_tokens, priority, ignore_eos = request
-                engine.add(name, prompt, max_tokens, priority=priority, ignore_eos=ignore_eos)
+                prompt, max_tokens, kwargs = request
+                engine.add(name, prompt, max_tokens, **kwargs)
             elif when == step:
                 engine.core.abort([name])
         engine.step()

@@ -12,10 +12,11 @@ random number of polls, out of order, and some fail.
 import random
 from collections.abc import Callable
 
+from pagetier.handler.beam_search import BeamSearch, Candidate
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.kv_cache_manager import KVCacheManager
-from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams
+from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import StepPlan, StepResult
 from pagetier.offload.cost_model import CostModel
@@ -44,6 +45,32 @@ def expected_tokens(prompt: list[int], max_tokens: int, *, ignore_eos: bool) -> 
         if tokens[-1] == EOS and not ignore_eos:
             break
     return tokens[len(prompt) :]
+
+
+def top_logprobs(context: list[int], count: int) -> TokenLogprobs:
+    """The fake model's most likely next tokens; no two are equally likely."""
+    ranked = sorted(
+        (-(next_token([*context, token]) * VOCAB_SIZE + token) / 100.0, token)
+        for token in range(VOCAB_SIZE)
+    )[::-1][:count]
+    return TokenLogprobs(next_token(context), 0.0, [t for _, t in ranked], [p for p, _ in ranked])
+
+
+def expected_beams(prompt: list[int], width: int, max_tokens: int) -> list[list[int]]:
+    """What a search must give, computed on the tokens alone."""
+    search = BeamSearch(width, max_tokens, (EOS,))
+    beams = [list(prompt)]
+    while True:
+        tops = [top_logprobs(beam, search.num_candidates) for beam in beams]
+        continuations = search.advance(
+            [
+                [Candidate(t, p) for t, p in zip(x.top_token_ids, x.top_logprobs, strict=True)]
+                for x in tops
+            ]
+        )
+        if continuations is None:
+            return [h.token_ids for h in search.hypotheses]
+        beams = [[*beams[c.parent], c.token_id] for c in continuations]
 
 
 class FakeHandle:
@@ -115,12 +142,14 @@ class FakeRunner:
                     assert slot[1] == position, ("foreign bytes", slot, position)
                     context.append(slot[0])
                 contexts.append(context)
-            sampled = []
+            sampled, logprobs = [], []
             for (_, share, _, row), context in zip(rows, contexts, strict=True):
                 if share.samples:
                     self.last_tokens[row] = next_token(context)
                     sampled.append(self.last_tokens[row])
-            return StepResult(sampled, [None] * len(sampled))
+                    count = share.sequence.params.logprobs
+                    logprobs.append(None if count is None else top_logprobs(context, count))
+            return StepResult(sampled, logprobs)
 
         handle = FakeHandle(self, work)
         self.queue.append(handle)
@@ -185,6 +214,11 @@ class FakeLink:
             self.poll()
 
 
+def output_name(request_id: str, index: int) -> str:
+    """How tests name one output of a request."""
+    return f"{request_id}#{index}" if index else request_id
+
+
 class FakeEngine:
     """An ``EngineCore`` on fakes, that collects each request's tokens."""
 
@@ -232,19 +266,25 @@ class FakeEngine:
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int = 8, **kwargs) -> None:
         params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=kwargs.pop("ignore_eos", True)
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=kwargs.pop("ignore_eos", True),
+            n=kwargs.pop("n", 1),
+            use_beam_search=kwargs.pop("use_beam_search", False),
         )
         self.core.add_request(
             AddRequest(request_id, list(prompt), params, eos_token_ids=(EOS,), **kwargs)
         )
-        self.tokens[request_id] = []
+        for index in range(params.n):
+            self.tokens[output_name(request_id, index)] = []
 
     def step(self) -> list[RequestOutput]:
         outputs = self.core.step()
         for output in outputs:
-            self.tokens[output.request_id] += output.new_token_ids
+            name = output_name(output.request_id, output.index)
+            self.tokens[name] += output.new_token_ids
             if output.finish_reason is not None:
-                self.finished[output.request_id] = output
+                self.finished[name] = output
         self.check()
         return outputs
 
@@ -252,7 +292,8 @@ class FakeEngine:
         """Hold the invariants between pools, tables and queues."""
         scheduler = self.scheduler
         sequences = [*scheduler.waiting, *scheduler.loading, *scheduler.running]
-        assert len(sequences) == len(scheduler._sequences)
+        known = [s for siblings in scheduler._sequences.values() for s in siblings]
+        assert sorted(map(id, sequences)) == sorted(map(id, known))
         self.manager.check(sequences)
         rows = [s.row for s in (*scheduler.running, *scheduler.loading)]
         assert sorted(rows + scheduler._free_rows) == list(range(scheduler.config.max_num_seqs))
