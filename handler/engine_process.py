@@ -184,7 +184,8 @@ def main(fd: int) -> int:
         return 1
     except Exception as exc:
         logger.exception("the engine broke")
-        send(EngineFailed(f"The engine broke: {type(exc).__name__}: {exc}"))
+        # Clients are told this. The exception's own text, with paths perhaps, is in the log only.
+        send(EngineFailed(f"The engine broke ({type(exc).__name__}); its log says how."))
         return 1
     return 0
 

@@ -38,6 +38,10 @@ _TELL_SECONDS = 0.8
 _FLUSH_SECONDS = 0.1
 # How long after its connections a dying frontend may still be seen.
 _PARENT_SECONDS = 0.5
+# Where archives may name files outside themselves; the operator's, since archives come from others.
+MODEL_PATHS_VARIABLE = "PAGETIER_MODEL_PATHS"
+# Settings that may name files.
+_PATH_SETTINGS = ("model", "tokenizer", "chat_template")
 
 
 class PagetierHandler:
@@ -72,6 +76,7 @@ class PagetierHandler:
     def _start(self, context: Any) -> None:
         model_dir = context.system_properties["model_dir"]
         config = read_config(context.model_yaml_config, model_dir)
+        check_paths(config, model_dir, os.environ.get(MODEL_PATHS_VARIABLE))
         if Path(config.model, "config.json").is_file():
             check_tokenizer_files(config)
         # Both take seconds, so one beside the other. If both fail, the engine's reason is told: it
@@ -180,12 +185,40 @@ def read_config(model_yaml_config: Mapping[str, Any], model_dir: str) -> EngineC
             param="handler",
         )
     settings = dict(section)
-    for key in ("model", "tokenizer", "chat_template"):
+    for key in _PATH_SETTINGS:
         value = settings.get(key)
         # A hub id looks like a relative path, too, but is no file of the archive.
         if isinstance(value, str) and value and (bundled := Path(model_dir, value)).exists():
             settings[key] = str(bundled)
     return EngineConfig.create(settings)
+
+
+def check_paths(config: EngineConfig, model_dir: str, allowed: str | None) -> None:
+    """Log which files outside the archive's folder its settings name.
+
+    Args:
+        config: the settings.
+        model_dir: the archive's folder.
+        allowed: folders that they must be in, separated by ``os.pathsep``; None allows any.
+
+    Raises:
+        ConfigError: a file is outside all of them.
+    """
+    own = Path(model_dir).resolve()
+    folders = [own, *(Path(p).resolve() for p in (allowed or "").split(os.pathsep) if p)]
+    for key in _PATH_SETTINGS:
+        value = getattr(config, key)
+        # A hub id names no file.
+        if value is None or not (path := Path(value).resolve()).exists():
+            continue
+        if not path.is_relative_to(own):
+            logger.info("the archive's setting '%s' names '%s', outside the archive", key, path)
+        if allowed is not None and not any(path.is_relative_to(f) for f in folders):
+            raise ConfigError(
+                f"The archive's setting '{key}' names '{path}', which is in none of the folders "
+                f"of {MODEL_PATHS_VARIABLE} ('{allowed}'); add its folder there, or bundle it.",
+                param=key,
+            )
 
 
 def _incoming(fields: Mapping[str, Any], processor: Any) -> Incoming:

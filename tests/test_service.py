@@ -14,8 +14,9 @@ from support.frontend import Frontend
 from support.tokenizers import byte_level_tokenizer
 
 from pagetier.handler import service
+from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError
-from pagetier.handler.service import PagetierHandler, read_config
+from pagetier.handler.service import PagetierHandler, check_paths, read_config
 
 TESTS = Path(__file__).parent
 STREAM = {"prompt": "the fox", "max_tokens": 20, "stream": True}
@@ -270,3 +271,76 @@ def test_missing_section_is_told(yaml, model_dir):
 def test_unknown_setting_is_told(model_dir):
     with pytest.raises(ConfigError, match="Unknown setting 'blocksize'"):
         read_config({"handler": {"model": "model", "blocksize": 3}}, str(model_dir))
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """Settings that name a model and a template outside the archive."""
+    (tmp_path / "models" / "a").mkdir(parents=True)
+    template = tmp_path / "template.jinja"
+    template.write_text("")
+    return EngineConfig.create(
+        {"model": str(tmp_path / "models" / "a"), "chat_template": str(template)}
+    )
+
+
+def test_files_outside_the_archive_are_logged(outside, model_dir, caplog):
+    caplog.set_level(logging.INFO)
+    check_paths(outside, str(model_dir), None)
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 2
+    assert all(text in messages[0] for text in ("'model'", outside.model, "outside the archive"))
+
+
+def test_files_outside_the_allowed_folders_are_refused(outside, model_dir, tmp_path):
+    check_paths(outside, str(model_dir), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"chat_template.*PAGETIER_MODEL_PATHS") as caught:
+        check_paths(outside, str(model_dir), f"/nowhere:{tmp_path / 'models'}")
+    assert caught.value.param == "chat_template"
+    with pytest.raises(ConfigError, match="'model'"):
+        check_paths(outside, str(model_dir), "")
+
+
+def test_way_out_of_an_allowed_folder_is_no_way(model_dir, tmp_path):
+    (tmp_path / "allowed").mkdir()
+    (tmp_path / "secret").mkdir()
+    for way in (tmp_path / "allowed" / ".." / "secret", tmp_path / "allowed" / "link"):
+        if way.name == "link":
+            way.symlink_to(tmp_path / "secret")
+        config = EngineConfig.create({"model": str(way)})
+        with pytest.raises(ConfigError, match="secret"):
+            check_paths(config, str(model_dir), str(tmp_path / "allowed"))
+
+
+def test_files_of_the_archive_and_hub_ids_need_no_permission(model_dir, caplog):
+    caplog.set_level(logging.INFO)
+    config = read_config({"handler": {"model": "model", "tokenizer": "some/hub-id"}}, model_dir)
+    check_paths(config, str(model_dir), "")
+    assert caplog.records == []
+
+
+def test_name_of_a_request_comes_in_a_header_and_back(frontend):
+    client = frontend.send("v1/completions", WHOLE, headers={"X-Request-ID": "job-7"})
+    frontend.finish(client)
+    assert client.json["id"] == "cmpl-job-7"
+    assert client.headers["X-Client-Request-Id"] == "job-7"
+
+
+def test_timeout_answers_with_its_status(frontend):
+    client = frontend.send("v1/completions", {**WHOLE, "max_tokens": 4000, "timeout": 0.1})
+    frontend.finish(client)
+    assert (client.status, client.phrase) == (504, "Gateway Timeout")
+    assert client.json["error"]["param"] == "timeout"
+    while stats(frontend)["num_aborted"] == 0:
+        pass
+
+
+def test_drain_is_answered_when_the_last_stream_has_ended(frontend):
+    stream = frontend.send("v1/completions", STREAM)
+    frontend.call()
+    drain = frontend.send("drain")
+    late = frontend.send("v1/completions", STREAM)
+    frontend.finish(stream, drain, late)
+    assert stream.events[-1] is None
+    assert drain.json == {"status": "drained"}
+    assert (late.status, late.headers["Retry-After"]) == (503, "5")

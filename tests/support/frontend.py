@@ -57,9 +57,15 @@ class Frontend:
         self.jobs: dict[str, Client] = {}
         self._numbers = itertools.count()
 
-    def send(self, route: str, body: Any = None, content_type: str = "application/json") -> Client:
+    def send(
+        self,
+        route: str,
+        body: Any = None,
+        content_type: str = "application/json",
+        headers: dict[str, str] | None = None,
+    ) -> Client:
         """Put a request in flight; it is carried by the next ``call``."""
-        headers = {"url_path": route} if route else {}
+        headers = {**(headers or {}), "url_path": route} if route else dict(headers or {})
         parameters = []
         if body is not None:
             parameters = [{"name": "body", "contentType": content_type, "value": body}]
