@@ -1,10 +1,11 @@
-"""The ``pagetier`` command: make archives, serve them, show a demonstration.
+"""The ``pagetier`` command: make archives, serve and watch them, talk with them.
 
 Owns the command line: its arguments, what it prints, exit codes. A mistake of the user's is one
 sentence on stderr and exit code 1. Imports no torch.
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -82,7 +83,34 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=int, default=96, help="of each request (default: 96)")
     demo.add_argument("--port", type=int, help="as in serve (default: free ports)")
     demo.set_defaults(run=_demo)
+
+    top = commands.add_parser("top", help="watch a served model: both tiers, requests, rates")
+    _add_address(top)
+    top.add_argument(
+        "--interval", type=float, default=1.0, help="seconds between two looks (default: 1)"
+    )
+    top.add_argument("--once", action="store_true", help="print it once, as without a terminal")
+    top.set_defaults(run=_top)
+
+    chat = commands.add_parser("chat", help="talk with a served model")
+    _add_address(chat)
+    chat.add_argument("-m", "--message", help="say this only and print the answer")
+    chat.add_argument("--system", help="what the model is told to be")
+    chat.add_argument("--max-tokens", type=int, help="of each answer")
+    chat.add_argument("--temperature", type=float)
+    chat.set_defaults(run=_chat)
     return parser
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url", metavar="URL", help="of the model: http://127.0.0.1:8080/predictions/NAME/1.0"
+    )
+    parser.add_argument(
+        "--key",
+        default=os.environ.get("PAGETIER_API_KEY", ""),
+        help="the inference key (default: $PAGETIER_API_KEY)",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +215,27 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    from pagetier.handler.top import run_top
+
+    if not arguments.interval > 0:
+        raise ConfigError(f"--interval must be above 0, not {arguments.interval}.")
+    return run_top(arguments.url, arguments.key, interval_s=arguments.interval, once=arguments.once)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from pagetier.handler.chat import Chat, run_chat
+    from pagetier.handler.client import ServedModel
+
+    chat = Chat(
+        ServedModel(arguments.url, arguments.key),
+        system=arguments.system,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+    )
+    return run_chat(chat, arguments.message)
+
+
 def _how_to_call(base_url: str, key: str, model: str) -> str:
     body = f'{{"model": "{model}", "prompt": "Return the", "max_tokens": 32, "stream": true}}'
     return (
@@ -196,7 +245,9 @@ def _how_to_call(base_url: str, key: str, model: str) -> str:
         f"  curl -N {base_url}/completions \\\n"
         f'    -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\\n'
         f"    -d '{body}'\n\n"
-        f'  curl {base_url.removesuffix("/v1")}/stats -H "Authorization: Bearer {key}"\n'
+        f'  curl {base_url.removesuffix("/v1")}/stats -H "Authorization: Bearer {key}"\n\n'
+        f"  pagetier top {base_url} --key '{key}'\n"
+        f"  pagetier chat {base_url} --key '{key}'\n"
     )
 
 

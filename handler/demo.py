@@ -5,14 +5,12 @@ shown. Everything it does goes through the archive, the server and REST, as a us
 Imports no torch.
 """
 
-import http.client
 import json
 import math
 import socket
 import threading
 import time
-import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pagetier.handler.archive import MODEL_VERSION, create_archive, local_model_folder
+from pagetier.handler.archive import create_archive, local_model_folder
+from pagetier.handler.client import ServedModel
 from pagetier.handler.errors import EngineError, LaunchError, ModelError
-from pagetier.handler.torchserve import TorchServe, get_json
+from pagetier.handler.torchserve import TorchServe
 
 PROMPTS = (
     "Return the",
@@ -170,7 +169,7 @@ def _stream_all(
     server: TorchServe, name: str, num_requests: int, max_tokens: int, console: Console
 ) -> tuple[list[Stream], Peaks, float]:
     streams = [Stream(PROMPTS[i % len(PROMPTS)]) for i in range(num_requests)]
-    stats_url = f"{server.inference_url}/predictions/{name}/{MODEL_VERSION}/stats"
+    served = ServedModel(server.openai_base_url(name), server.inference_key)
     peaks = Peaks()
     start = time.monotonic()
     threads = []
@@ -185,41 +184,25 @@ def _stream_all(
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        arguments = (
-            stream,
-            f"{server.openai_base_url(name)}/completions",
-            server.inference_key,
-            body,
-            start,
-        )
+        arguments = (stream, served, body, start)
         threads.append(threading.Thread(target=_follow, args=arguments, daemon=True))
     for thread in threads:
         thread.start()
     with _Display(console, streams) as refresh:
         while any(thread.is_alive() for thread in threads):
-            peaks.add(_stats(stats_url, server.inference_key))
+            peaks.add(served.stats())
             refresh()
             time.sleep(0.1)
         seconds = time.monotonic() - start
-        peaks.add(_stats(stats_url, server.inference_key))
+        peaks.add(served.stats())
         refresh()
     return streams, peaks, seconds
 
 
-def _stats(url: str, key: str) -> dict[str, Any]:
-    try:
-        stats: dict[str, Any] = get_json(url, key)
-    except (OSError, http.client.HTTPException, ValueError) as exc:
-        raise EngineError(f"The server did not tell its statistics: {exc}.") from None
-    return stats
-
-
-def _follow(stream: Stream, url: str, key: str, body: dict[str, Any], start: float) -> None:
+def _follow(stream: Stream, served: ServedModel, body: dict[str, Any], start: float) -> None:
     """Send one request and put into ``stream`` what arrives, as it arrives."""
     try:
-        for chunk in _server_sent_events(url, key, body):
-            if "error" in chunk:
-                raise EngineError(chunk["error"]["message"])
+        for chunk in served.stream("v1/completions", body):
             for choice in chunk["choices"]:
                 if stream.first_text_s is None:
                     stream.first_text_s = time.monotonic() - start
@@ -227,26 +210,8 @@ def _follow(stream: Stream, url: str, key: str, body: dict[str, Any], start: flo
             if chunk.get("usage"):
                 stream.num_tokens = chunk["usage"]["completion_tokens"]
         stream.done = True
-    except (EngineError, OSError, http.client.HTTPException, ValueError, KeyError) as exc:
-        stream.error = str(exc) or type(exc).__name__
-
-
-def _server_sent_events(url: str, key: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    parts = urllib.parse.urlsplit(url)
-    assert parts.hostname is not None
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=300)
-    try:
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request("POST", parts.path, json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise EngineError(f"status {response.status}: {response.read().decode()}")
-        for line in response:
-            data = line.strip().removeprefix(b"data: ")
-            if data and data != b"[DONE]":
-                yield json.loads(data)
-    finally:
-        connection.close()
+    except EngineError as exc:
+        stream.error = exc.message
 
 
 class _Display:

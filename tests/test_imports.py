@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 WITHOUT_TORCH = [
     "handler.archive",
     "handler.block_pool",
+    "handler.chat",
     "handler.cli",
+    "handler.client",
     "handler.config",
     "handler.demo",
     "handler.errors",
@@ -26,7 +28,9 @@ WITHOUT_TORCH = [
     "handler.request_log",
     "handler.scheduler",
     "handler.step",
+    "handler.top",
     "handler.torchserve",
+    "handler.units",
     "offload.cost_model",
 ]
 
