@@ -88,7 +88,7 @@ class EngineClient:
         self._stats_lock = threading.Lock()
         self._stats_came = threading.Event()
         self._last_stats: StatsReply | None = None
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, int] = {}  # outputs of each request that are still to end
         self._failure: str | None = None
         self._dead: str | None = None
         self._closed = False
@@ -128,19 +128,25 @@ class EngineClient:
         """
         with self._state_lock:
             self._check_alive()
-            self._in_flight.add(request.request_id)
+            self._in_flight[request.request_id] = request.params.n
         # If the engine dies from here on, the request is failed with all others in flight.
         with contextlib.suppress(OSError):
             self._send(request)
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Stop these requests; nothing more is reported of them. Unknown ids are fine."""
+    def abort(self, request_ids: Iterable[str], outputs: Iterable[tuple[str, int]] = ()) -> None:
+        """Stop these requests; nothing more is reported of them. Unknown ids are fine.
+
+        ``outputs`` stops single ones of their outputs: pairs of a request id and an index. What is
+        under way of such an output may still be reported.
+        """
         with self._state_lock:
-            ids = [r for r in request_ids if r in self._in_flight]
-            self._in_flight.difference_update(ids)
-        if ids and self.alive:
+            ids = [r for r in request_ids if self._in_flight.pop(r, None) is not None]
+            single = [(r, index) for r, index in outputs if r in self._in_flight]
+            for request_id, _ in single:
+                self._count_ended(request_id)
+        if (ids or single) and self.alive:
             with contextlib.suppress(OSError):
-                self._send(AbortRequests(ids))
+                self._send(AbortRequests(ids, single))
 
     def request_stats(self, *, include_trace: bool = False) -> None:
         """Ask for statistics, which arrive at ``on_stats``.
@@ -248,11 +254,21 @@ class EngineClient:
         with self._state_lock:
             # A request that was just aborted may still be reported of.
             outputs = [o for o in outputs if o.request_id in self._in_flight]
-            self._in_flight.difference_update(
-                [o.request_id for o in outputs if o.finish_reason is not None]
-            )
+            for output in outputs:
+                if output.finish_reason == "error":
+                    self._in_flight.pop(output.request_id, None)
+                elif output.finish_reason is not None:
+                    self._count_ended(output.request_id)
         if outputs:
             self._on_outputs(outputs)
+
+    def _count_ended(self, request_id: str) -> None:
+        """One more output of the request has ended; after the last one it is forgotten."""
+        num_left = self._in_flight.get(request_id, 0) - 1
+        if num_left > 0:
+            self._in_flight[request_id] = num_left
+        else:
+            self._in_flight.pop(request_id, None)
 
     def _wait(self) -> None:
         """Wait for the end of the process, then fail what is in flight."""

@@ -15,7 +15,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -67,8 +67,8 @@ class Core(Protocol):
         """Queue a request; raises an ``EngineError`` if it is refused."""
         ...
 
-    def abort(self, request_ids: list[str]) -> None:
-        """Stop these requests; unknown ids are fine."""
+    def abort(self, request_ids: list[str], outputs: Iterable[tuple[str, int]] = ()) -> None:
+        """Stop these requests, and these single outputs; unknown ones are fine."""
         ...
 
     def step(self) -> list[RequestOutput]:
@@ -127,7 +127,7 @@ class EngineLoop:
                 case AddRequest():
                     self._add(message)
                 case AbortRequests():
-                    self._core.abort(message.request_ids)
+                    self._core.abort(message.request_ids, message.outputs)
                 case GetStats():
                     trace = self._core.trace() if message.include_trace else None
                     self._send(StatsReply(self._core.stats(), trace))

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_builder import build_engine
 from pagetier.handler.errors import InvalidRequest, ModelError
-from pagetier.handler.request import AddRequest, SamplingParams, TokenLogprobs
-from pagetier.handler.tokenizer import OutputAssembler, Tokenizer
+from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
+from pagetier.handler.tokenizer import OutputAssembler, OutputDelta, Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -43,7 +43,8 @@ class GenerationOutput:
     """What came of one prompt.
 
     ``num_cached_tokens`` of the prompt were found in the KV cache; the request was preempted
-    ``num_preemptions`` times.
+    ``num_preemptions`` times. ``prompt_logprobs`` has an entry for each token of the prompt, if
+    asked for; the first, which follows nothing, has None.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class GenerationOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class LLM:
@@ -120,7 +122,7 @@ class LLM:
                     if run is None:
                         continue
                     if run.add(output):
-                        self._core.abort([output.request_id])
+                        self._core.abort([], [(output.request_id, output.index)])
                     if run.is_finished:
                         del unfinished[output.request_id]
                         progress.update()
@@ -174,6 +176,8 @@ class LLM:
             token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
             if params.stop:
                 self._require_tokenizer()
+            if any(isinstance(word, str) for word in params.bad_words or ()):
+                params = self._require_tokenizer().with_bad_word_tokens(params)
             request = AddRequest(
                 next(self._request_ids),
                 token_ids,
@@ -200,6 +204,38 @@ class LLM:
             self._core.step()
 
 
+class _Output:
+    """One output of a prompt under way."""
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer | None, prompt: list[int], params: SamplingParams
+    ) -> None:
+        logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.completion = CompletionOutput(index, "", [], "", logprobs=logprobs)
+        self._assembler = None if tokenizer is None else OutputAssembler(tokenizer, prompt, params)
+
+    def add(self, output: RequestOutput) -> tuple[bool, bool]:
+        """Take what the engine reports.
+
+        Returns whether the output has ended, and whether the engine must be told so.
+        """
+        completion = self.completion
+        if self._assembler is None:
+            delta = OutputDelta(
+                "", output.new_token_ids, output.logprobs, output.finish_reason, output.stop_reason
+            )
+        else:
+            delta = self._assembler.add(output)
+        completion.token_ids += delta.token_ids
+        completion.text += delta.text
+        if completion.logprobs is not None:
+            completion.logprobs += delta.logprobs or []
+        if delta.finish_reason is not None:
+            completion.finish_reason = delta.finish_reason
+            completion.stop_reason = delta.stop_reason
+        return delta.finish_reason is not None, delta.abort
+
+
 class _Run:
     """One prompt under way."""
 
@@ -207,32 +243,30 @@ class _Run:
         self, result: GenerationOutput, tokenizer: Tokenizer | None, params: SamplingParams
     ) -> None:
         self.result = result
-        self.is_finished = False
-        self._completion = CompletionOutput(
-            0, "", [], "", logprobs=None if params.logprobs is None else []
-        )
-        result.outputs.append(self._completion)
-        self._assembler = (
-            None
-            if tokenizer is None
-            else OutputAssembler(tokenizer, result.prompt_token_ids, params)
-        )
+        self._outputs = [
+            _Output(index, tokenizer, result.prompt_token_ids, params) for index in range(params.n)
+        ]
+        self._unfinished = set(range(params.n))
+        result.outputs = [output.completion for output in self._outputs]
 
-    def add(self, output: Any) -> bool:
-        """Take what the engine reports; whether the engine must be told that it has ended."""
-        completion, result = self._completion, self.result
+    @property
+    def is_finished(self) -> bool:
+        """Whether all outputs have ended."""
+        return not self._unfinished
+
+    def add(self, output: RequestOutput) -> bool:
+        """Take what the engine reports; whether it must be told that this output has ended."""
+        result = self.result
         result.num_cached_tokens = output.num_cached_tokens
-        result.num_preemptions = output.num_preemptions
-        delta = output if self._assembler is None else self._assembler.add(output)
-        completion.token_ids += output.new_token_ids if self._assembler is None else delta.token_ids
-        completion.text += "" if self._assembler is None else delta.text
-        if completion.logprobs is not None:
-            completion.logprobs += delta.logprobs or []
-        if delta.finish_reason is not None:
-            completion.finish_reason = delta.finish_reason
-            completion.stop_reason = delta.stop_reason
-            self.is_finished = True
-        return self._assembler is not None and bool(delta.abort)
+        result.num_preemptions = max(result.num_preemptions, output.num_preemptions)
+        if output.prompt_logprobs is not None:
+            result.prompt_logprobs = [None, *output.prompt_logprobs]
+        if output.index not in self._unfinished:
+            return False
+        has_ended, abort = self._outputs[output.index].add(output)
+        if has_ended:
+            self._unfinished.remove(output.index)
+        return abort
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

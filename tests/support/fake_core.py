@@ -5,7 +5,7 @@ Each ``build_*`` function can be named to ``EngineClient`` as the builder of its
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pagetier.handler.config import EngineConfig
@@ -46,7 +46,7 @@ class FakeCore:
         self._requests[request.request_id] = request
         self._made[request.request_id] = []
 
-    def abort(self, request_ids: list[str]) -> None:
+    def abort(self, request_ids: list[str], outputs: Sequence[tuple[str, int]] = ()) -> None:
         for request_id in request_ids:
             if self._requests.pop(request_id, None) is not None:
                 self._num_aborted += 1
