@@ -1,0 +1,62 @@
+"""``python -m benchmarks.report``: puts the tables of the JSON into ``docs/performance.md``.
+
+Owns the marks between which tables stand in the document, and rewrites what is between them; all
+other text is written by hand. ``--check`` only says whether the document is up to date.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import record, tables
+
+DOCUMENT = record.RESULTS.parent.parent / "docs" / "performance.md"
+_MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(document: str, results: pathlib.Path = record.RESULTS) -> str:
+    """``document`` with the table of every mark made anew from ``results``.
+
+    Raises:
+        FileNotFoundError: a mark names a result that does not exist.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        path = results / f"{match[2]}.json"
+        return f"{match[1]}{_section(json.loads(path.read_text()))}\n{match[3]}"
+
+    return _MARK.sub(replace, document)
+
+
+def _section(result: dict[str, Any]) -> str:
+    machine, flags = result["machine"], result["flags"]
+    device = machine["gpu"] or f"{machine['num_cpus']} CPU cores"
+    versions = ", ".join(
+        f"{package} {machine['versions'][package]}"
+        for package in ("torch", "transformers", "torchserve")
+    )
+    note = (
+        f"{result['date'][:10]}, {device}, {flags['shape']} in {flags['dtype']}, "
+        f"{flags['rounds']} rounds; {versions}."
+    )
+    return f"{tables.markdown(result['results'])}\n\n{note}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the document, or check it; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    args = parser.parse_args(arguments)
+    before = DOCUMENT.read_text(encoding="utf-8")
+    after = render(before)
+    if args.check:
+        return int(after != before)
+    DOCUMENT.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
