@@ -42,7 +42,15 @@ MAX_CLIENT_ID_CHARACTERS = 128
 # OpenAI's default for completions; a chat's answer may be as long as the model allows.
 DEFAULT_MAX_TOKENS = 16
 
+# Those that are called alike by clients and in ``SamplingParams``, and mean the same.
+_SAMPLING_FIELDS = (
+    "temperature", "top_p", "min_p", "seed", "stop_token_ids", "ignore_eos", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words", "min_tokens",
+    "include_stop_str_in_output", "skip_special_tokens", "n", "best_of", "use_beam_search",
+    "length_penalty", "early_stopping",
+)  # fmt: skip
 _CLIENT_ID = re.compile(rf"[\w.:-]{{1,{MAX_CLIENT_ID_CHARACTERS}}}", re.ASCII)
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")
 _json = msgspec.json.Encoder().encode
 
 
@@ -190,14 +198,16 @@ class OpenAIApi:
     ) -> Response:
         self._check_model(fields.model)
         prompts = _prompts(fields.prompt)
-        if len(prompts) > 1 and kind is PredictionResponse:
+        if kind is PredictionResponse and (len(prompts) > 1 or (fields.n or 1) > 1):
             raise InvalidRequest(
-                "This route takes one prompt; send several to v1/completions.", param="prompt"
+                "This route takes one prompt and gives one output; send more to v1/completions.",
+                param="n" if len(prompts) == 1 else "prompt",
             )
-        if len(prompts) > MAX_CHOICES:
+        num_each = max(fields.n or 1, fields.best_of or 1)
+        if len(prompts) > 1 and len(prompts) * num_each > MAX_CHOICES:
             raise InvalidRequest(
-                f"There are {len(prompts)} prompts, but one request takes at most {MAX_CHOICES}; "
-                "send several requests.",
+                f"{len(prompts)} prompts of {num_each} outputs each are more than one request may "
+                f"have, which is {MAX_CHOICES} in all; send several requests.",
                 param="prompt",
             )
         requests = []
@@ -311,20 +321,33 @@ class OpenAIApi:
                 param="stop_token_ids",
             )
         self._check_token_ids(fields.stop_token_ids or [], "stop_token_ids")
+        if any(len(word) > MAX_STOP_CHARACTERS for word in fields.bad_words or ()):
+            raise InvalidRequest(
+                f"bad_words: a text may have at most {MAX_STOP_CHARACTERS} characters.",
+                param="bad_words",
+            )
+        if fields.prompt_logprobs is not None and fields.stream:
+            raise InvalidRequest(
+                "prompt_logprobs is not given in a stream; leave out one of the two.",
+                param="prompt_logprobs",
+            )
         given = {
-            name: value
-            for name in ("temperature", "top_p", "seed", "stop_token_ids", "ignore_eos")
-            if (value := getattr(fields, name)) is not None
+            name: value for name in _SAMPLING_FIELDS if (value := getattr(fields, name)) is not None
         }
+        if fields.use_beam_search:
+            given.setdefault("temperature", 0.0)
         params = SamplingParams(
             # More than all tokens is all tokens.
             top_k=min(fields.top_k or 0, self._vocab_size),
             stop=stop,
             max_tokens=max_tokens,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=fields.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+            logit_bias=_logit_bias(fields.logit_bias or {}),
             **given,
         )
+        params = self._tokenizer.with_bad_word_tokens(params)
+        params.check_tokens(self._vocab_size, self._eos_token_ids)
         return AddRequest(
             request_id,
             prompt_ids,
@@ -377,6 +400,16 @@ class OpenAIApi:
 def is_client_id(text: str) -> bool:
     """Whether a client may call its request so; the name goes into headers and logs."""
     return _CLIENT_ID.fullmatch(text) is not None
+
+
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    """OpenAI's shape, whose token ids are text, as JSON has no other keys."""
+    wrong = next((key for key in bias if not _TOKEN_ID.fullmatch(key)), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"logit_bias: token ids are whole numbers, not {short(wrong)}.", param="logit_bias"
+        )
+    return {int(key): value for key, value in bias.items()}
 
 
 def _prompts(prompt: Any) -> list[Any]:

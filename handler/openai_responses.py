@@ -128,11 +128,17 @@ class Response:
         self._tokenizer = tokenizer
         self._include_usage = include_usage
         self._echoes = echo is not None
-        self._choices = [_Choice(i, request, tokenizer) for i, request in enumerate(requests)]
-        self._choice_of = {choice.request.request_id: choice for choice in self._choices}
+        self._choices: list[_Choice] = []
+        self._choices_of: dict[str, list[_Choice]] = {}
+        for number, request in enumerate(requests):
+            start = len(self._choices)
+            own = [_Choice(start + i, request, tokenizer) for i in range(request.params.n)]
+            self._choices_of[request.request_id] = own
+            self._choices += own
+            if echo is not None:
+                for choice in own:
+                    choice.texts.append(echo[number])
         self._num_going = len(self._choices)
-        for choice, text in zip(self._choices, echo or (), strict=False):
-            choice.texts.append(text)
         self._head = {
             "id": self.id_prefix + response_id,
             "object": self.object_name,
@@ -140,11 +146,11 @@ class Response:
             "model": model_name,
         }
         if stream:
-            start = b"data: " + _json(self._stream_head())[:-1] + b","
+            head = b"data: " + _json(self._stream_head())[:-1] + b","
             usage = b',"usage":null' if include_usage else b""
             for choice in self._choices:
                 before, after, close = self._choice_frame(choice.index)
-                choice.event_start = start + before
+                choice.event_start = head + before
                 choice.event_end = after
                 choice.plain_end = (
                     after + b',"logprobs":null,"finish_reason":null' + close + usage + b"}\n\n"
@@ -157,21 +163,23 @@ class Response:
         return self.requests[0]
 
     @property
+    def num_choices_each(self) -> int:
+        """Choices of one request to the engine."""
+        return self.request.params.n
+
+    @property
     def finished(self) -> bool:
         """Whether all outputs have come."""
         return self._num_going == 0
 
     def add(self, output: RequestOutput) -> bool:
         """Take an output; whether the engine must be told to stop, since a stop string came."""
-        choice = self._choice_of[output.request_id]
+        choice = self._choices_of[output.request_id][output.index]
         delta = choice.assembler.add(output)
         if delta.text:
             choice.texts.append(delta.text)
         if output.prompt_logprobs is not None:
-            choice.prompt_logprobs = output.prompt_logprobs
-            if self._echoes and choice.logprobs is not None:
-                choice.logprobs.append(choice.request.prompt_token_ids[0])
-                choice.logprobs += output.prompt_logprobs
+            self._take_prompt_logprobs(output)
         if choice.logprobs is not None and delta.logprobs:
             choice.logprobs += delta.logprobs
         if delta.finish_reason is not None and choice.end is None:
@@ -203,6 +211,15 @@ class Response:
         return _json({**self._head, "choices": choices, "usage": self._usage()})
 
     # --- the rest is private -----------------------------------------------------------------
+
+    def _take_prompt_logprobs(self, output: RequestOutput) -> None:
+        """They come once, with the first output, and are the same for all choices of a prompt."""
+        assert output.prompt_logprobs is not None
+        for choice in self._choices_of[output.request_id]:
+            choice.prompt_logprobs = output.prompt_logprobs
+            if self._echoes and choice.logprobs is not None:
+                choice.logprobs.append(choice.request.prompt_token_ids[0])
+                choice.logprobs += output.prompt_logprobs
 
     def _take_event(self, choice: _Choice) -> bytes:
         if choice.end is None:
@@ -261,7 +278,7 @@ class Response:
 
     def _usage(self) -> dict[str, Any]:
         """Tokens counted: each prompt once, whatever the number of its outputs."""
-        of_prompts = {c.request.request_id: c.assembler for c in self._choices}.values()
+        of_prompts = [own[0].assembler for own in self._choices_of.values()]
         num_prompt_tokens = sum(a.num_prompt_tokens for a in of_prompts)
         num_output_tokens = sum(c.assembler.num_output_tokens for c in self._choices)
         return {

@@ -69,8 +69,8 @@ class Engine(Protocol):
         """Queue a request; raises ``EngineDead``."""
         ...
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """Stop these requests."""
+    def abort(self, request_ids: Sequence[str], outputs: Sequence[tuple[str, int]] = ()) -> None:
+        """Stop these requests, and single ``outputs``: pairs of a request id and an index."""
         ...
 
     def request_stats(self, *, include_trace: bool = False) -> None:
@@ -512,10 +512,17 @@ class Pump:
                 continue
             try:
                 if request.response.add(output):
-                    self._abort([output.request_id], "stop")
+                    self._stop_output(request, output)
             except Exception:
                 logger.exception("request %s broke while it was answered", output.request_id)
                 self._fail(request, _own_fault())
+
+    def _stop_output(self, request: _Open, output: RequestOutput) -> None:
+        """Of an output that a stop string has ended, the engine does not know that it has."""
+        if request.response.num_choices_each == 1:
+            self._abort([output.request_id], "stop")
+        else:
+            self._engine.abort([], [(output.request_id, output.index)])
 
     # --- replies -----------------------------------------------------------------------------
 

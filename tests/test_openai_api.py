@@ -120,7 +120,7 @@ def test_several_prompts_are_several_requests_to_the_engine(api, tokenizer, prom
 
 def test_too_many_prompts_are_refused(api):
     assert len(completion(api, prompt=["a"] * MAX_CHOICES).requests) == MAX_CHOICES
-    with pytest.raises(InvalidRequest, match="at most 128"):
+    with pytest.raises(InvalidRequest, match="128 in all"):
         completion(api, prompt=["a"] * (MAX_CHOICES + 1))
 
 
@@ -188,7 +188,7 @@ def test_plain_prediction_takes_text_or_fields(api):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 1), ("best_of", 1), ("presence_penalty", 0), ("frequency_penalty", 0.0),
+        ("n", 1), ("presence_penalty", 0), ("frequency_penalty", 0.0),
         ("repetition_penalty", 1.0), ("logit_bias", {}), ("logit_bias", None), ("min_p", 0),
         ("min_tokens", 0), ("echo", False), ("response_format", {"type": "text"}),
         ("tools", []), ("tools", None), ("tool_choice", "none"), ("bad_words", []),
@@ -203,15 +203,104 @@ def test_neutral_and_harmless_fields_change_nothing(api, field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("n", True), ("best_of", 3), ("presence_penalty", 0.1), ("logit_bias", {"5": 1}),
-        ("response_format", {"type": "json_object"}), ("tools", [{}]),
-        ("min_p", 0.1), ("skip_special_tokens", False), ("guided_json", {}),
+        ("spaces_between_special_tokens", False),
+        ("response_format", {"type": "json_object"}), ("tools", [{}]), ("guided_json", {}),
     ],
 )  # fmt: skip
 def test_features_that_do_not_exist_yet_are_refused(api, field, value):
     with pytest.raises(InvalidRequest, match=f"^{field} is not supported yet") as caught:
         completion(api, **{field: value})
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_p", 0.1), ("presence_penalty", -0.5), ("frequency_penalty", 2),
+        ("repetition_penalty", 1.3), ("allowed_token_ids", [5, 399]), ("min_tokens", 3),
+        ("prompt_logprobs", 2), ("include_stop_str_in_output", True),
+        ("skip_special_tokens", False),
+    ],
+)  # fmt: skip
+def test_sampling_settings_reach_the_engine(api, ask, field, value):
+    params = ask(api, **{field: value}).request.params
+    assert getattr(params, field) == value
+    assert getattr(params, field) != getattr(ask(api).request.params, field)
+
+
+def test_outputs_and_beams_reach_the_engine(api):
+    params = completion(api, n=2, best_of=3).request.params
+    assert (params.n, params.best_of) == (2, 3)
+    params = completion(
+        api, n=2, use_beam_search=True, length_penalty=0.5, early_stopping="never"
+    ).request.params
+    assert (params.use_beam_search, params.length_penalty) == (True, 0.5)
+    assert (params.early_stopping, params.temperature) == ("never", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 0}, "n"), ({"n": 65}, "n"), ({"n": True}, "n"), ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 10**6}, "best_of"), ({"n": 10, "prompt": ["a"] * 13}, "prompt"),
+        ({"use_beam_search": True, "temperature": 1}, "temperature"),
+        ({"early_stopping": "perhaps"}, "early_stopping"),
+    ],
+)  # fmt: skip
+def test_too_many_outputs_are_refused(api, body, param):
+    with pytest.raises(InvalidRequest) as caught:
+        completion(api, **body)
+    assert caught.value.param == param
+
+
+def test_choices_are_numbered_over_prompts_and_outputs(api, tokenizer):
+    response = completion(api, prompt=["the fox", "a"], n=2, echo=True)
+    for number, (request, index) in enumerate(
+        [(r, i) for r in response.requests for i in range(2)]
+    ):
+        ids = tokenizer.encode(" " + "jump" * (number + 1), add_special_tokens=False)
+        response.add(RequestOutput(request.request_id, ids, finish_reason="length", index=index))
+    assert response.finished
+    body = json.loads(response.whole())
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+    assert [c["text"].partition(" jump")[0] for c in body["choices"]] == ["the fox"] * 2 + ["a"] * 2
+    # A prompt counts once.
+    assert body["usage"]["prompt_tokens"] == sum(len(r.prompt_token_ids) for r in response.requests)
+
+
+def test_logit_bias_is_keyed_by_text_and_bad_words_become_tokens(api, tokenizer):
+    request = completion(api, logit_bias={"5": 1, "17": -100}, bad_words=["fox", " the"]).request
+    assert request.params.logit_bias == {5: 1.0, 17: -100.0}
+    texts = {tokenizer.decode(word) for word in request.params.bad_words}
+    assert texts == {"fox", " fox", "the", " the"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("presence_penalty", 2.1, "from -2 to 2"),
+        ("logit_bias", {"five": 1}, "whole numbers, not 'five'"),
+        ("logit_bias", {"9" * 5000: 1}, "whole numbers"),
+        ("logit_bias", {"400": 1}, "token id 400, but the model's ids are 0 to 399"),
+        ("logit_bias", {"4": 101}, "from -100 to 100"),
+        ("allowed_token_ids", [], "at least one"),
+        ("allowed_token_ids", [400], "token id 400"),
+        ("bad_words", [""], "non-empty"),
+        ("bad_words", ["x" * 1025], "at most 1024 characters"),
+        ("min_tokens", 17, "at most max_tokens"),
+        ("min_p", "much", "expected float"),
+    ],
+)
+def test_impossible_sampling_settings_are_refused_by_name(api, field, value, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        completion(api, **{field: value})
+    assert caught.value.param == field
+
+
+def test_prompt_logprobs_are_not_streamed(api):
+    with pytest.raises(InvalidRequest, match="not given in a stream"):
+        completion(api, prompt_logprobs=1, stream=True)
 
 
 def test_unknown_fields_are_named(api):

@@ -35,8 +35,8 @@ class Engine:
     def add(self, request):
         self.added.append(request.request_id)
 
-    def abort(self, request_ids):
-        self.aborted += request_ids
+    def abort(self, request_ids, outputs=()):
+        self.aborted += [*request_ids, *outputs]
 
     def request_stats(self, *, include_trace=False):
         if self.inbox.death is not None:
@@ -544,3 +544,19 @@ def test_client_that_leaves_a_drain_does_not_resume(rig):
     rig.exchange(a=("v1/completions", STREAM))
     rig.exchange("a", d=("drain", None))
     assert rig.exchange("a", n=("v1/completions", STREAM))["n"].status == 503
+
+
+# --- several outputs of a prompt -------------------------------------------------------------
+
+
+def test_stop_string_of_one_output_stops_that_output_only(rig):
+    rig.exchange(w=("v1/completions", {**BODY, "n": 2, "stop": "fox"}))
+    rig.gain("w", "quick fox", index=1)
+    assert rig.exchange("w") == {}
+    assert rig.engine.aborted == [("w", 1)]
+    rig.gain("w", "lazy dog", index=0, finish_reason="length")
+    choices = json.loads(rig.exchange("w")["w"].body)["choices"]
+    assert [(c["text"], c["finish_reason"]) for c in choices] == [
+        ("lazy dog", "length"),
+        ("quick ", "stop"),
+    ]
