@@ -1,0 +1,148 @@
+"""The benchmarks, on a model so small that their figures say nothing: only that they measure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_module(name, *arguments):
+    """What ``python -m benchmarks.NAME`` prints, from the repository's root."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    """The package, which is not installed: its modules by name."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import benchmarks.report
+        import benchmarks.run
+    finally:
+        if str(ROOT) in sys.path:
+            sys.path.remove(str(ROOT))
+    return benchmarks
+
+
+def test_requests_are_equal_for_equal_seeds_and_new_for_others(benchmarks):
+    mixed = benchmarks.workloads.mixed
+    first, again, other = mixed(8, 4, 30, "a"), mixed(8, 4, 30, "a"), mixed(8, 4, 30, "b")
+    assert first == again
+    assert [len(r.prompt) for r in first] == [len(r.prompt) for r in other]
+    assert [r.num_new for r in first] == [r.num_new for r in other]
+    assert all(a.prompt != b.prompt for a, b in zip(first, other, strict=True))
+    assert all(4 <= len(r.prompt) <= 30 and 4 <= r.num_new <= 30 for r in first)
+
+
+def test_requests_behind_a_prefix_share_exactly_it(benchmarks):
+    requests = benchmarks.workloads.shared_prefix(3, 20, 5, 2, "a")
+    assert len({tuple(r.prompt[:20]) for r in requests}) == 1
+    assert len({tuple(r.prompt[20:]) for r in requests}) == 3
+    assert benchmarks.workloads.num_blocks(requests, 16) == 3 * 2
+
+
+def test_summary_keeps_all_values_and_ratios_are_taken_in_pairs(benchmarks):
+    tables = benchmarks.tables
+    assert tables.summary([3.0, 1.0, 2.0]) == {
+        "median": 2.0, "low": 1.0, "high": 3.0, "values": [3.0, 1.0, 2.0]
+    }  # fmt: skip
+    # The medians' own ratio would be 1.
+    assert tables.ratios([1.0, 2.0, 4.0], [2.0, 4.0, 1.0])["median"] == 0.5
+    assert tables.percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert tables.percentile([7.0], 0.99) == 7.0
+
+
+def test_tables_show_intervals_and_leave_missing_figures_empty(benchmarks):
+    rows = [
+        {"engine": "a", "rate": benchmarks.tables.summary([1.0, 2.0, 3.0])},
+        {"engine": "b", "hits": 1234},
+    ]
+    assert benchmarks.tables.text(rows).splitlines() == [
+        "engine  rate                 hits",
+        "a       2.00 (1.00 to 3.00)",
+        "b                            1,234",
+    ]
+    assert benchmarks.tables.markdown(rows).splitlines()[2] == "| a | 2.00 (1.00 to 3.00) |  |"
+
+
+def test_static_batches_hold_slots_for_their_longest(benchmarks):
+    request = benchmarks.workloads.Request
+    allocated, filled = benchmarks.engines._static_slots([
+        request([1] * 4, 2), request([1] * 2, 1)
+    ])  # fmt: skip
+    assert (allocated, filled) == (2 * 4 + 2 * 5, 4 + 5 + 2)
+
+
+def test_planning_a_step_without_a_model_takes_every_sequence(benchmarks):
+    durations = benchmarks.null_engine.step_milliseconds(16, num_steps=20)
+    assert len(durations) == 20
+    assert all(0 < ms < 1000 for ms in durations)
+
+
+def test_engines_are_compared_and_a_missing_one_is_named(tmp_path):
+    done = run_module(
+        "run", "throughput", "--shape", "tiny", "--rounds", 2, "--num-requests", 4,
+        "--longest", 24, "--out", tmp_path,
+        "--engine", "pagetier", "--engine", "hf-generate", "--engine", "vllm",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if "vLLM is not installed here" not in done.stderr:
+        pytest.fail(done.stderr)
+    written = json.loads((tmp_path / "throughput.json").read_text())
+    assert written["flags"]["shape"] == "tiny"
+    assert written["machine"]["versions"]["torch"]
+    rows = {row["engine"]: row for row in written["results"]}
+    assert list(rows) == ["pagetier", "hf-generate"]
+    assert len(rows["pagetier"]["output tokens/s"]["values"]) == 2
+    assert rows["pagetier"]["first / this"]["median"] == 1.0
+    assert str(ROOT) not in (tmp_path / "throughput.json").read_text()
+
+
+def test_pressure_preempts_and_compares_with_as_many_sequences(tmp_path):
+    done = run_module(
+        "run", "pressure", "--shape", "tiny", "--rounds", 1, "--num-requests", 8,
+        "--longest", 48, "--shares", 0.3, "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "pressure.json").read_text())["results"]
+    swap, auto, recompute = rows
+    assert swap["swaps"] > 0
+    assert recompute["recomputations"] > 0
+    assert swap["recomputations"] == recompute["swaps"] == 0
+    assert auto["swaps"] + auto["recomputations"] > 0
+    assert all(1 <= row["max_num_seqs with ample KV"] < 8 for row in rows)
+
+
+def test_report_replaces_what_is_between_its_marks_only(benchmarks, tmp_path):
+    result = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": {
+            "gpu": None,
+            "num_cpus": 2,
+            "versions": {"torch": "1", "transformers": "2", "torchserve": "3"},
+        },
+        "flags": {"shape": "tiny", "dtype": "float32", "rounds": 4},
+        "results": [{"engine": "a", "rate": 2.5}],
+    }
+    (tmp_path / "speed.json").write_text(json.dumps(result))
+    document = "Before\n<!-- table: speed -->\nold\n<!-- end -->\nAfter\n"
+    rendered = benchmarks.report.render(document, tmp_path)
+    assert rendered == (
+        "Before\n<!-- table: speed -->\n| engine | rate |\n| --- | --- |\n| a | 2.50 |\n\n"
+        "2026-01-02, 2 CPU cores, tiny in float32, 4 rounds; torch 1, transformers 2, "
+        "torchserve 3.\n<!-- end -->\nAfter\n"
+    )
+    assert benchmarks.report.render(rendered, tmp_path) == rendered
