@@ -83,44 +83,8 @@ class EngineCore:
                 f"{self.max_model_len} including at least one generated; shorten it.",
                 param="prompt",
             )
-        self._check_token_ids(request)
+        request.params.check_tokens(self.vocab_size, request.eos_token_ids)
         self.scheduler.check_beams(request)
-
-    def _check_token_ids(self, request: AddRequest) -> None:
-        """Raise if settings name token ids that the model lacks, or leave nothing to choose."""
-        params = request.params
-        if not params.changes_logits:
-            return
-        if any(isinstance(word, str) for word in params.bad_words or ()):
-            raise InvalidRequest(
-                "bad_words holds text, but the engine takes token ids only; encode the words.",
-                param="bad_words",
-            )
-        named: dict[str, Iterable[int]] = {
-            "logit_bias": params.logit_bias or (),
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "bad_words": (int(t) for word in params.bad_words or () for t in word),
-            "stop_token_ids": params.stop_token_ids or (),
-        }
-        for name, token_ids in named.items():
-            highest = max(token_ids, default=0)
-            if highest >= self.vocab_size:
-                raise InvalidRequest(
-                    f"{name} holds token id {highest}, but the model's ids are 0 to "
-                    f"{self.vocab_size - 1}.",
-                    param=name,
-                )
-        if params.allowed_token_ids is None:
-            return
-        forbidden = {int(word[0]) for word in params.bad_words or () if len(word) == 1}
-        if params.min_tokens:
-            eos_token_ids = () if params.ignore_eos else request.eos_token_ids
-            forbidden |= {*eos_token_ids, *(params.stop_token_ids or ())}
-        if forbidden.issuperset(params.allowed_token_ids):
-            raise InvalidRequest(
-                "bad_words and min_tokens forbid all of allowed_token_ids; allow more.",
-                param="allowed_token_ids",
-            )
 
     def abort(self, request_ids: list[str], outputs: Iterable[tuple[str, int]] = ()) -> None:
         """End these requests, and single ``outputs`` (request id, index), and free what they hold.

@@ -14,7 +14,8 @@ pinned memory. On the CPU one worker thread plays the device: it runs the steps 
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,17 @@ import numpy.typing as npt
 import torch
 
 from pagetier import kernels
+from pagetier.handler.logit_rules import HostRules, LogitRules
 from pagetier.handler.model_loader import ForwardContext, LoadedModel, forward_context
 from pagetier.handler.request import AddRequest, SamplingParams, Sequence, TokenLogprobs
-from pagetier.handler.sampler import RowSettings, SamplerOutput, sample
-from pagetier.handler.step import ScheduledSequence, StepHandle, StepPlan, StepResult
+from pagetier.handler.sampler import RowSettings, SamplerOutput, sample, score
+from pagetier.handler.step import (
+    MAX_PROMPT_LOGPROBS_PER_STEP,
+    ScheduledSequence,
+    StepHandle,
+    StepPlan,
+    StepResult,
+)
 from pagetier.kernels.metadata import upload
 from pagetier.offload.tiers import KVLayout
 
@@ -51,6 +59,10 @@ class _HostBatch:
         block_copies: (source, destination) blocks, int64 ``(copies, 2)``.
         sampling: settings of each sample.
         num_logprobs: what each sample asked for.
+        prompt_tokens: for whose successors log-probabilities are wanted, int64 ``(positions,)``.
+        prompt_targets: these successors, int64 ``(positions,)``.
+        prompt_wishes: for each sequence that wants such, how many positions and how many most
+            likely tokens of each.
     """
 
     token_ids: Int64Array
@@ -66,6 +78,9 @@ class _HostBatch:
     block_copies: Int64Array
     sampling: RowSettings
     num_logprobs: list[int | None]
+    prompt_tokens: Int64Array
+    prompt_targets: Int64Array
+    prompt_wishes: list[tuple[int, int]]
 
     @classmethod
     def of(cls, plan: StepPlan, block_size: int) -> "_HostBatch":
@@ -93,6 +108,17 @@ class _HostBatch:
         unknown_pairs = np.array(unknown, dtype=np.int64).reshape(-1, 2)
         samples = [(index, s) for index, s in enumerate(scheduled) if s.samples]
         assert all(s.sequence.row >= 0 for _, s in samples), "a sampling sequence has no row"
+        prompt_tokens: list[int] = []
+        prompt_targets: list[int] = []
+        prompt_wishes = []
+        for index, share in enumerate(scheduled):
+            first, end = share.prompt_logprobs
+            if end == 0:
+                continue
+            offset = int(query_start_loc[index]) - share.start
+            prompt_tokens += range(offset + first, offset + end)
+            prompt_targets += share.sequence.token_ids[first + 1 : end + 1]
+            prompt_wishes.append((end - first, share.sequence.params.prompt_logprobs or 0))
         return cls(
             token_ids=np.array(token_ids, dtype=np.int64),
             positions=positions,
@@ -111,68 +137,95 @@ class _HostBatch:
                 [s.start + s.num_tokens for _, s in samples],
             ),
             num_logprobs=[s.sequence.params.logprobs for _, s in samples],
+            prompt_tokens=np.array(prompt_tokens, dtype=np.int64),
+            prompt_targets=np.array(prompt_targets, dtype=np.int64),
+            prompt_wishes=prompt_wishes,
         )
 
 
-def _to_result(output: SamplerOutput, num_logprobs: list[int | None]) -> StepResult:
-    """Python numbers of what was sampled; the tensors are on the host and complete."""
-    token_ids: list[int] = output.token_ids.tolist()
-    if output.logprobs is None or output.top_token_ids is None or output.top_logprobs is None:
-        return StepResult(token_ids, [None] * len(token_ids))
-    chosen, ids, values = (
-        output.logprobs.tolist(),
-        output.top_token_ids.tolist(),
-        output.top_logprobs.tolist(),
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    """What came of a step: of its samples, and of its positions of prompts if there were any."""
+
+    sampled: SamplerOutput
+    prompts: SamplerOutput | None
+
+    def to_host(self) -> "_Outputs":
+        """Start copies of all tensors into pinned memory."""
+        return _Outputs(
+            _to_pinned_output(self.sampled),
+            None if self.prompts is None else _to_pinned_output(self.prompts),
+        )
+
+
+def _to_pinned_output(output: SamplerOutput) -> SamplerOutput:
+    return SamplerOutput(
+        _to_pinned(output.token_ids),
+        *(
+            None if tensor is None else _to_pinned(tensor)
+            for tensor in (output.logprobs, output.top_token_ids, output.top_logprobs)
+        ),
     )
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def _to_result(outputs: _Outputs, batch: _HostBatch) -> StepResult:
+    """Python numbers of what came of a step; the tensors are on the host and complete."""
+    prompts = []
+    if outputs.prompts is not None:
+        wishes = [wanted for count, wanted in batch.prompt_wishes for _ in range(count)]
+        entries = iter(_token_logprobs(outputs.prompts, wishes))
+        prompts = [list(itertools.islice(entries, count)) for count, _ in batch.prompt_wishes]
     return StepResult(
-        token_ids,
-        [
-            None
-            if wanted is None
-            else TokenLogprobs(token_ids[i], chosen[i], ids[i][:wanted], values[i][:wanted])
-            for i, wanted in enumerate(num_logprobs)
-        ],
+        outputs.sampled.token_ids.tolist(),
+        _token_logprobs(outputs.sampled, batch.num_logprobs),
+        prompts,
     )
+
+
+def _token_logprobs(output: SamplerOutput, wishes: Iterable[int | None]) -> list[Any]:
+    """``TokenLogprobs`` for each row that wants any, None for the others."""
+    if output.logprobs is None or output.top_token_ids is None or output.top_logprobs is None:
+        return [None for _ in wishes]
+    columns = (output.token_ids, output.logprobs, output.top_token_ids, output.top_logprobs)
+    rows = zip(*(column.tolist() for column in columns), wishes, strict=True)
+    return [
+        None
+        if wanted is None
+        else TokenLogprobs(token_id, logprob, top_ids[:wanted], top_values[:wanted])
+        for token_id, logprob, top_ids, top_values, wanted in rows
+    ]
 
 
 class _CpuHandle:
     """A step on the worker thread; ``event`` is its future."""
 
-    def __init__(
-        self, future: "concurrent.futures.Future[SamplerOutput]", num_logprobs: list[int | None]
-    ) -> None:
+    def __init__(self, future: "concurrent.futures.Future[_Outputs]", batch: _HostBatch) -> None:
         self.event = future
-        self._num_logprobs = num_logprobs
+        self._batch = batch
 
     def collect(self) -> StepResult:
         """See ``StepHandle``."""
-        return _to_result(self.event.result(), self._num_logprobs)
+        return _to_result(self.event.result(), self._batch)
 
 
 class _CudaHandle:
     """A step on a CUDA stream; ``event`` passes once its tokens are in pinned memory."""
 
-    def __init__(self, output: SamplerOutput, num_logprobs: list[int | None]) -> None:
-        self._num_logprobs = num_logprobs
-        self._output = SamplerOutput(
-            _to_pinned(output.token_ids),
-            *(
-                None if tensor is None else _to_pinned(tensor)
-                for tensor in (output.logprobs, output.top_token_ids, output.top_logprobs)
-            ),
-        )
+    def __init__(self, outputs: _Outputs, batch: _HostBatch) -> None:
+        self._batch = batch
+        self._outputs = outputs.to_host()
         self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.event.record()
 
     def collect(self) -> StepResult:
         """See ``StepHandle``."""
         self.event.synchronize()
-        return _to_result(self._output, self._num_logprobs)
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return pinned.copy_(tensor, non_blocking=True)
+        return _to_result(self._outputs, self._batch)
 
 
 class ModelRunner:
@@ -205,6 +258,7 @@ class ModelRunner:
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
         self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
+        self._rules = LogitRules(max_num_seqs, model.vocab_size, model.device)
         self._worker = (
             concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="pagetier-step")
             if model.device.type == "cpu"
@@ -214,9 +268,10 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step and return at once; see ``Runner``."""
         batch = _HostBatch.of(plan, self._layout.block_size)
+        rules = self._rules.read([share for share in plan.scheduled if share.samples])
         if self._worker is not None:
-            return _CpuHandle(self._worker.submit(self._run, batch), batch.num_logprobs)
-        return _CudaHandle(self._run(batch), batch.num_logprobs)
+            return _CpuHandle(self._worker.submit(self._run, batch, rules), batch)
+        return _CudaHandle(self._run(batch, rules), batch)
 
     def close(self) -> None:
         """Wait for launched steps and let go of the pages; see ``Runner``."""
@@ -238,9 +293,11 @@ class ModelRunner:
             ``(samples, vocabulary)``.
         """
         batch = _HostBatch.of(plan, self._layout.block_size)
+        num_samples = len(batch.sampled_tokens)
         if self._worker is not None:
-            return self._worker.submit(self._forward, batch, self._caches).result().float()
-        return self._forward(batch, self._caches).float().cpu()
+            logits = self._worker.submit(self._forward, batch, self._caches).result()
+            return logits[:num_samples].float()
+        return self._forward(batch, self._caches)[:num_samples].float().cpu()
 
     def profile_peak_bytes(self, num_tokens: int) -> int:
         """Run the largest batch once and return how much memory it needs beside what is held.
@@ -263,14 +320,16 @@ class ModelRunner:
         torch.cuda.reset_peak_memory_stats(self._device)
         scratch = self._layout.views(self._layout.allocate(1, self._device))
         batch = _HostBatch.of(self._largest_plan(num_tokens), self._layout.block_size)
-        self._run(batch, scratch)
+        self._run(batch, None, scratch)
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before
 
     def _largest_plan(self, num_tokens: int) -> StepPlan:
         num_sequences = min(self._max_num_seqs, num_tokens)
         num_blocks = -(-self._max_model_len // self._layout.block_size)
-        params = SamplingParams(top_k=self._vocab_size, top_p=0.5, logprobs=20, seed=0)
+        params = SamplingParams(
+            top_k=self._vocab_size, top_p=0.5, min_p=0.1, logprobs=20, prompt_logprobs=20, seed=0
+        )
         scheduled = []
         for row in range(num_sequences):
             request = AddRequest(f"profile-{row}", [0] * self._max_model_len, params)
@@ -280,34 +339,56 @@ class ModelRunner:
             count = min(num_tokens - (num_sequences - row - 1), self._max_model_len)
             num_tokens -= count
             start = self._max_model_len - count
-            scheduled.append(ScheduledSequence(sequence, start, count, samples=True))
+            end = start + min(count - 1, MAX_PROMPT_LOGPROBS_PER_STEP) if row == 0 else start
+            positions = (start, end) if end > start else (0, 0)
+            scheduled.append(ScheduledSequence(sequence, start, count, True, positions))
         return StepPlan(0, scheduled, [])
 
     @torch.inference_mode()
     def _run(
         self,
         batch: _HostBatch,
+        rules: HostRules | None,
         caches: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ) -> SamplerOutput:
+    ) -> _Outputs:
         """A whole step on the device: copies, forward pass, sampling; never waits for a GPU."""
         logits = self._forward(batch, self._caches if caches is None else caches)
+        num_samples = len(batch.sampled_tokens)
+        prompts = None
+        if batch.prompt_wishes:
+            (targets,) = upload([batch.prompt_targets], self._device)
+            num_top = max(wanted for _, wanted in batch.prompt_wishes)
+            prompts = score(logits[num_samples:], targets, num_top)
+            logits = logits[:num_samples]
         rows, settings = upload([batch.sampled_rows, batch.sampling.packed()], self._device)
-        output = sample(logits, batch.sampling, settings)
-        self._last_token_ids.index_copy_(0, rows, output.token_ids)
-        return output
+        if rules is None:
+            sampled = sample(logits, batch.sampling, settings)
+        else:
+            on_device = self._rules.upload(rules)
+            # Log-probabilities are of what the model said, not of what was made of it.
+            wants_raw = batch.sampling.num_logprobs is not None
+            changed = logits.to(torch.float32, copy=wants_raw)
+            self._rules.apply(changed, on_device, self._last_token_ids)
+            sampled = sample(changed, batch.sampling, settings, raw_logits=logits)
+            self._rules.count(on_device, sampled.token_ids)
+        self._last_token_ids.index_copy_(0, rows, sampled.token_ids)
+        return _Outputs(sampled, prompts)
 
     @torch.inference_mode()
     def _forward(
         self, batch: _HostBatch, caches: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """Logits ``(samples, vocabulary)`` of a batch, in the model's dtype, on the device."""
+        """Logits of a batch, in the model's dtype, on the device: ``(rows, vocabulary)``.
+
+        A row for each sample, then one for each position of ``prompt_tokens``.
+        """
         (
             token_ids,
             positions,
             slots,
             unknown_tokens,
             unknown_rows,
-            sampled_tokens,
+            kept_tokens,
             block_copies,
             block_tables,
             seq_lens,
@@ -319,7 +400,7 @@ class ModelRunner:
                 batch.slots,
                 batch.unknown_tokens,
                 batch.unknown_rows,
-                batch.sampled_tokens,
+                np.concatenate([batch.sampled_tokens, batch.prompt_tokens]),
                 batch.block_copies,
                 batch.block_tables,
                 batch.seq_lens,
@@ -345,7 +426,7 @@ class ModelRunner:
                 input_ids=token_ids[None],
                 position_ids=positions[None],
                 use_cache=False,
-                logits_to_keep=sampled_tokens,
+                logits_to_keep=kept_tokens,
             )
         logits: torch.Tensor = output.logits[0]
         return logits

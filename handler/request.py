@@ -22,8 +22,10 @@ FINISHED   holds nothing
 
 import copy
 import enum
+import itertools
 import secrets
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as AbcSequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +41,75 @@ MAX_STOP_STRINGS = 16
 MAX_SEQUENCES = 64
 MAX_LOGIT_BIAS_TOKENS = 1024
 MAX_BAD_WORDS = 256
+MAX_GRAMMAR_CHARACTERS = 65536
+MAX_REGEX_CHARACTERS = 8192
+MAX_CHOICES = 512
+
+
+class StructuredOutputsParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
+    """What the output must look like: exactly one of these is given.
+
+    Attributes:
+        json: a JSON schema, as an object or as text; always as text afterwards.
+        json_object: True: any JSON object.
+        regex: an expression that matches the whole output, in the syntax of Rust's regex crate.
+        choice: the output is one of these texts.
+        grammar: in GBNF or Lark's syntax; the output is its ``root`` or ``start``.
+
+    Raises:
+        InvalidRequest: none or several are given, or one is too large. What is wrong inside of
+            them is found when they are compiled.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: AbcSequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, rule: str) -> None:
+            if not ok:
+                raise InvalidRequest(rule, param="structured_outputs")
+
+        def fits(text: str | None, most: int, what: str) -> None:
+            num = len(text or "")
+            require(num <= most, f"The {what} has {num} characters; at most {most} are allowed.")
+
+        given = [self.json, self.regex, self.choice, self.grammar]
+        num_given = sum(g is not None for g in given) + bool(self.json_object)
+        require(
+            num_given == 1,
+            "structured_outputs takes exactly one of json, json_object, regex, choice and grammar, "
+            f"not {num_given}.",
+        )
+        if self.json is not None:
+            schema = _json_schema_text(self.json)
+            fits(schema, MAX_GRAMMAR_CHARACTERS, "JSON schema")
+            msgspec.structs.force_setattr(self, "json", schema)
+        fits(self.regex, MAX_REGEX_CHARACTERS, "regex")
+        fits(self.grammar, MAX_GRAMMAR_CHARACTERS, "grammar")
+        if self.choice is not None:
+            choice = () if isinstance(self.choice, str) else tuple(self.choice)
+            require(
+                1 <= len(choice) <= MAX_CHOICES and all(isinstance(c, str) and c for c in choice),
+                f"choice must be a list of 1 to {MAX_CHOICES} non-empty texts.",
+            )
+            fits("".join(choice), MAX_GRAMMAR_CHARACTERS, "choice")
+            msgspec.structs.force_setattr(self, "choice", choice)
+
+
+def _json_schema_text(schema: str | dict[str, Any]) -> str:
+    try:
+        value = msgspec.json.decode(schema) if isinstance(schema, str) else schema
+        text = schema if isinstance(schema, str) else msgspec.json.encode(schema).decode()
+    except (msgspec.MsgspecError, UnicodeError, TypeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidRequest("A JSON schema must be a JSON object.", param="structured_outputs")
+    return text
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +146,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         length_penalty: of the search: above 0 favours long outputs.
         early_stopping: of the search: end as soon as there are enough outputs (True), once better
             ones are unlikely (False), or once they are impossible (``never``).
+        structured_outputs: a schema or grammar that the output keeps to; it also ends the output.
 
     Raises:
         InvalidRequest: a value is impossible; ``param`` names it.
@@ -105,6 +177,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -173,6 +246,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "stop_token_ids",
             "a list of token ids",
         )
+        # A complete output cannot go on.
+        require(
+            self.structured_outputs is None or self.min_tokens == 0,
+            "min_tokens",
+            "left out with structured output",
+        )
         require(1 <= self.n <= MAX_SEQUENCES, "n", f"1 to {MAX_SEQUENCES}")
         require(
             self.best_of is None or self.n <= self.best_of <= MAX_SEQUENCES,
@@ -199,6 +278,50 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """How many sequences are generated for the request's ``n`` outputs."""
         return self.n if self.best_of is None else self.best_of
 
+    def check_tokens(self, vocab_size: int, eos_token_ids: AbcSequence[int]) -> None:
+        """Check what a model's vocabulary decides.
+
+        Args:
+            vocab_size: token ids are below this.
+            eos_token_ids: the model's ends of sequence.
+
+        Raises:
+            InvalidRequest: a setting names token ids that the model lacks, or all that may be
+                chosen are forbidden, or ``bad_words`` holds text.
+        """
+        if not self.changes_logits:
+            return
+        words = [word for word in self.bad_words or () if not isinstance(word, str)]
+        if len(words) < len(self.bad_words or ()):
+            raise InvalidRequest(
+                "bad_words holds text, but the engine takes token ids only; encode the words.",
+                param="bad_words",
+            )
+        named: dict[str, Iterable[int]] = {
+            "logit_bias": self.logit_bias or (),
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words": itertools.chain(*words),
+            "stop_token_ids": self.stop_token_ids or (),
+        }
+        for name, token_ids in named.items():
+            highest = max(token_ids, default=0)
+            if highest >= vocab_size:
+                raise InvalidRequest(
+                    f"{name} holds token id {highest}, but the model's ids are 0 to "
+                    f"{vocab_size - 1}.",
+                    param=name,
+                )
+        if self.allowed_token_ids is None:
+            return
+        forbidden = {word[0] for word in words if len(word) == 1}
+        if self.min_tokens:
+            forbidden.update(self.stop_token_ids or (), () if self.ignore_eos else eos_token_ids)
+        if forbidden.issuperset(self.allowed_token_ids):
+            raise InvalidRequest(
+                "bad_words and min_tokens forbid all of allowed_token_ids; allow more.",
+                param="allowed_token_ids",
+            )
+
     @property
     def has_penalties(self) -> bool:
         """Whether tokens that came before are favoured or disfavoured."""
@@ -222,6 +345,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 _NOT_WITH_BEAMS = (
     "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "allowed_token_ids", "bad_words", "min_tokens", "logprobs", "prompt_logprobs",
+    "structured_outputs",
 )  # fmt: skip
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(SamplingParams)}
 

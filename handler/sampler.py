@@ -1,7 +1,8 @@
 """Choosing a token for each row of a batch of logits, on the device, without waiting for it.
 
-Owns the distributions (temperature, top-k, top-p), the random numbers, and log-probabilities.
-Knows nothing of requests, models or steps: settings arrive as one value for each row.
+Owns the distributions (temperature, min-p, top-k, top-p), the random numbers, and
+log-probabilities. Knows nothing of requests, models or steps: settings arrive as one value for each
+row, and logits as ``logit_rules`` leaves them.
 
 Random numbers are counter-based. A row's only randomness is one uniform number, a hash of its
 request's seed and of the position of the token to be chosen. So a request gets the same tokens
@@ -27,6 +28,9 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
+# Rows whose log-probabilities are worked out at once.
+_SCORED_ROWS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
@@ -36,6 +40,7 @@ class RowSettings:
         temperature: float32; 0 is greedy.
         top_k: int64; the size of the vocabulary or more keeps all.
         top_p: float32; 1 keeps all.
+        min_p: float32; 0 keeps all.
         seeds: int64.
         positions: position of the token to be chosen, int64.
         num_logprobs: most likely tokens reported for each row that wants log-probabilities, the
@@ -45,6 +50,7 @@ class RowSettings:
     temperature: npt.NDArray[np.float32]
     top_k: npt.NDArray[np.int64]
     top_p: npt.NDArray[np.float32]
+    min_p: npt.NDArray[np.float32]
     seeds: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     num_logprobs: int | None
@@ -59,6 +65,7 @@ class RowSettings:
             temperature=np.array([p.temperature for p in params], dtype=np.float32),
             top_k=np.array([p.top_k if p.top_k > 0 else 2**62 for p in params], dtype=np.int64),
             top_p=np.array([p.top_p for p in params], dtype=np.float32),
+            min_p=np.array([p.min_p for p in params], dtype=np.float32),
             seeds=np.array(seeds, dtype=np.int64),
             positions=np.array(positions, dtype=np.int64),
             num_logprobs=max(wanted, default=None),
@@ -70,15 +77,23 @@ class RowSettings:
         return not self.temperature.any()
 
     @property
+    def any_min_p(self) -> bool:
+        """Whether a row that is not greedy leaves tokens out by their share of the highest."""
+        return bool(((self.min_p > 0) & (self.temperature > 0)).any())
+
+    @property
     def any_filter(self) -> bool:
-        """Whether a row that is not greedy leaves tokens out."""
+        """Whether a row that is not greedy leaves tokens out by their rank."""
         drops = (self.top_k < 2**62) | (self.top_p < 1.0)
         return bool((drops & (self.temperature > 0)).any())
 
     def packed(self) -> npt.NDArray[np.int64]:
-        """All values as one array ``(4, rows)``, to travel to the device in one piece."""
-        floats = np.stack([self.temperature, self.top_p], axis=1)
-        return np.stack([floats.view(np.int64)[:, 0], self.top_k, self.seeds, self.positions])
+        """All values as one array ``(5, rows)``, to travel to the device in one piece."""
+        floats = [
+            np.stack(pair, axis=1).view(np.int64)[:, 0]
+            for pair in ((self.temperature, self.top_p), (self.min_p, self.min_p))
+        ]
+        return np.stack([*floats, self.top_k, self.seeds, self.positions])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +114,20 @@ class SamplerOutput:
 
 
 def sample(
-    logits: torch.Tensor, settings: RowSettings, packed: torch.Tensor | None = None
+    logits: torch.Tensor,
+    settings: RowSettings,
+    packed: torch.Tensor | None = None,
+    *,
+    raw_logits: torch.Tensor | None = None,
 ) -> SamplerOutput:
     """Choose a token for each row.
 
     Args:
-        logits: raw scores ``(rows, vocabulary)``, any float dtype; computed with in float32.
+        logits: scores ``(rows, vocabulary)``, any float dtype; computed with in float32.
         settings: of each row.
         packed: ``settings.packed()`` on the device of ``logits``; None copies it there, which may
             wait for the device.
+        raw_logits: the model's own scores, if ``logits`` were changed.
 
     Returns:
         Tokens, and log-probabilities of the raw distribution (before temperature and filters).
@@ -117,19 +137,38 @@ def sample(
     if not settings.all_greedy:
         if packed is None:
             packed = torch.from_numpy(settings.packed()).to(logits.device)
-        floats, top_k, seeds, positions = packed.unbind()
-        temperature, top_p = floats.view(torch.float32).view(-1, 2).unbind(1)
+        first, second, top_k, seeds, positions = packed.unbind()
+        temperature, top_p = first.view(torch.float32).view(-1, 2).unbind(1)
         weights = token_weights(logits, temperature)
+        if settings.any_min_p:
+            # The highest weight is 1, so a weight is a share of it.
+            min_p = second.view(torch.float32).view(-1, 2)[:, :1]
+            weights = weights.masked_fill_(weights < min_p, 0.0)
         if settings.any_filter:
             weights = _filter(weights, top_k, top_p)
         drawn = _invert(weights, uniform(seeds, positions))
         token_ids = torch.where(temperature > 0, drawn, token_ids)
     if settings.num_logprobs is None:
         return SamplerOutput(token_ids)
-    logprobs = logits.log_softmax(-1)
-    top = logprobs.topk(min(settings.num_logprobs, logits.shape[-1]), dim=-1)
-    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
-    return SamplerOutput(token_ids, chosen, top.indices, top.values)
+    return score(logits if raw_logits is None else raw_logits, token_ids, settings.num_logprobs)
+
+
+def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> SamplerOutput:
+    """Log-probabilities of given tokens and of the most likely ones.
+
+    Args:
+        logits: raw scores ``(rows, vocabulary)``, any float dtype.
+        token_ids: int64 ``(rows,)``.
+        num_top: how many of the most likely; all, if the vocabulary is smaller.
+    """
+    pieces = []
+    # A slice at a time, since a prompt's rows are many, and their float32 copies are large.
+    for rows in range(0, max(len(logits), 1), _SCORED_ROWS):
+        logprobs = logits[rows : rows + _SCORED_ROWS].float().log_softmax(-1)
+        top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+        chosen = logprobs.gather(-1, token_ids[rows : rows + _SCORED_ROWS, None])[:, 0]
+        pieces.append((chosen, top.indices, top.values))
+    return SamplerOutput(token_ids, *map(torch.cat, zip(*pieces, strict=True)))
 
 
 def token_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -210,6 +210,12 @@ class Tokenizer:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Ids of tokens that stand for no text, such as the end of a sequence."""
+        added = self._backend.get_added_tokens_decoder()
+        return sorted(token_id for token_id, token in added.items() if token.special)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of text that one token stands for; special tokens as they are written."""
         if self._token_bytes is not None:
@@ -230,14 +236,17 @@ class Tokenizer:
         A word has other tokens after a space than at the start of a text, so it stands for both,
         whether it is given with a space in front or without.
         """
+        if not any(isinstance(word, str) for word in params.bad_words or ()):
+            return params
         words: list[tuple[int, ...]] = []
         for word in params.bad_words or ():
             if not isinstance(word, str):
                 words.append(tuple(word))
                 continue
             bare = word.lstrip(" ")
-            variants = (self.encode(text, add_special_tokens=False) for text in (bare, " " + bare))
-            words += [ids for ids in dict.fromkeys(map(tuple, variants)) if ids]
+            texts = (bare, f" {bare}")
+            variants = [tuple(self.encode(t, add_special_tokens=False)) for t in texts]
+            words += [ids for ids in dict.fromkeys(variants) if ids]
         return msgspec.structs.replace(params, bad_words=words)
 
     def decoder(

@@ -15,6 +15,7 @@ from pagetier.handler.sampler import (
     _filter,
     _invert,
     sample,
+    score,
     token_weights,
     uniform,
 )
@@ -123,19 +124,22 @@ def test_greedy_costs_an_argmax_only() -> None:
         SamplingParams(temperature=3.0, top_k=5),
         SamplingParams(temperature=1.3, top_p=0.7),
         SamplingParams(temperature=2.0, top_k=6, top_p=0.8),
+        SamplingParams(temperature=1.5, min_p=0.3),
+        SamplingParams(temperature=1.5, min_p=0.2, top_k=5, top_p=0.8),
     ],
-    ids=lambda p: f"temperature={p.temperature},top_k={p.top_k},top_p={p.top_p}",
+    ids=lambda p: f"{p.temperature},min_p={p.min_p},top_k={p.top_k},top_p={p.top_p}",
 )
 def test_frequencies_over_seeds_follow_the_distribution(
     params: SamplingParams, device: str
 ) -> None:
     vocabulary, draws = 12, 20_000
     logits = random_logits(1, vocabulary) / 2  # no token so rare that it may not come
-    # The distribution by hand, in float64: temperature, then top-k, then top-p among the rest.
+    # The distribution by hand, in float64: temperature, min-p, top-k, then top-p among the rest.
     scaled = logits[0].double().numpy() / params.temperature
     probabilities = np.exp(scaled) / np.exp(scaled).sum()
     order = np.argsort(-probabilities)
-    kept = list(order[: params.top_k]) if params.top_k else list(order)
+    order = [t for t in order if probabilities[t] >= params.min_p * probabilities.max()]
+    kept = order[: params.top_k] if params.top_k else order
     share = probabilities[kept] / probabilities[kept].sum()
     while share[:-1].sum() >= params.top_p:
         kept, share = kept[:-1], share[:-1]
@@ -185,6 +189,18 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: set[int
     assert seen(logits, SamplingParams(top_p=top_p)) == kept
 
 
+@pytest.mark.parametrize(("min_p", "kept"), [(0.2, {1, 3, 0, 2}), (0.3, {1, 3}), (1.0, {1})])
+def test_min_p_keeps_tokens_by_their_share_of_the_most_likely(min_p: float, kept: set[int]) -> None:
+    logits = torch.tensor([[2.0, 8.0, 2.0, 4.0]]).log()  # shares of the highest: 1/4, 1, 1/4, 1/2
+    assert seen(logits, SamplingParams(min_p=min_p)) == kept
+
+
+def test_min_p_changes_no_greedy_row() -> None:
+    settings = RowSettings.of([SamplingParams(temperature=0, min_p=0.5)], [0], [0])
+    assert settings.all_greedy
+    assert not settings.any_min_p
+
+
 def test_top_p_of_one_keeps_the_least_likely_token() -> None:
     # Another row is filtered, so this one passes through the filter as well.
     logits = torch.zeros(2, 50_000)
@@ -207,6 +223,7 @@ def test_tokens_do_not_depend_on_what_shares_the_batch(device: str) -> None:
             temperature=[0.0, 0.7, 1.5][row % 3],
             top_k=[0, 5, 40][row % 4 % 3],
             top_p=[1.0, 0.6][row % 2],
+            min_p=[0.0, 0.0, 0.1, 0.4, 0.02][row % 5],
             logprobs=[None, 3][row % 5 == 0],
         )
         for row in range(rows)
@@ -282,6 +299,28 @@ def test_logprobs_are_of_the_raw_distribution(device: str) -> None:
         assert output.top_logprobs[row].tolist() == pytest.approx(
             [raw[row, t].item() for t in order], abs=1e-5
         )
+
+
+def test_logprobs_are_raw_where_logits_were_changed() -> None:
+    raw = random_logits(1, 30)
+    changed = raw.clone()
+    changed[0, raw[0].argmax()] = -torch.inf
+    settings = RowSettings.of([SamplingParams(temperature=0, logprobs=2)], [0], [0])
+    output = sample(changed, settings, raw_logits=raw)
+    expected = raw[0].log_softmax(-1).topk(2)
+    assert output.token_ids.tolist() == expected.indices[1:].tolist()
+    assert output.top_token_ids[0].tolist() == expected.indices.tolist()
+    assert torch.equal(output.logprobs, expected.values[1:])
+
+
+def test_scores_of_many_rows_are_those_of_each_alone() -> None:
+    logits = random_logits(150, 20)
+    tokens = torch.arange(150) % 20
+    output = score(logits, tokens, 3)
+    expected = logits.log_softmax(-1)
+    assert torch.equal(output.logprobs, expected[torch.arange(150), tokens])
+    assert torch.equal(output.top_logprobs, expected.topk(3).values)
+    assert score(logits[:0], tokens[:0], 3).top_token_ids.shape == (0, 3)
 
 
 def test_no_logprobs_are_computed_unless_asked_for() -> None:

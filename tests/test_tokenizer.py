@@ -341,6 +341,61 @@ def test_stop_token_is_counted_but_has_no_text(byte_level):
     assert assembler.num_output_tokens == len(ids)
 
 
+def test_stop_text_and_stop_token_are_shown_if_asked_for(tokenizer):
+    ids = tokenizer.encode("one two. three", add_special_tokens=False)
+    params = SamplingParams(stop="two.", include_stop_str_in_output=True, max_tokens=None)
+    assembler = OutputAssembler(tokenizer, [7], params)
+    deltas = [assembler.add(RequestOutput("r", [t])) for t in ids]
+    assert "".join(d.text for d in deltas).strip() == "one two."
+    assert assembler.finish_reason == "stop"
+    params = SamplingParams(include_stop_str_in_output=True)
+    assembler = OutputAssembler(tokenizer, [7], params)
+    delta = assembler.add(RequestOutput("r", ids, finish_reason="stop", stop_reason=ids[-1]))
+    assert delta.text.strip() == "one two. three"
+
+
+def test_stop_texts_before_min_tokens_are_passed_over(byte_level):
+    ids = byte_level.encode("abababab", add_special_tokens=False)
+    texts = list(map(byte_level.decode, ([t] for t in ids)))
+    for min_tokens in range(len(ids)):
+        params = SamplingParams(stop=["ab"], min_tokens=min_tokens, max_tokens=None)
+        assembler = OutputAssembler(byte_level, [7], params)
+        deltas = [assembler.add(RequestOutput("r", [t])) for t in ids]
+        # The first token after so many in whose text a stop string is complete.
+        ends = [sum(map(len, texts[: i + 1])) for i in range(len(ids))]
+        begins = [0, *ends]
+        last = next(
+            i
+            for i in range(min_tokens, len(ids))
+            if any(begins[i] < end <= ends[i] for end in (2, 4, 6, 8))
+        )
+        shown = next(end for end in (2, 4, 6, 8) if begins[last] < end <= ends[last]) - 2
+        assert "".join(d.text for d in deltas) == "abababab"[:shown]
+        assert assembler.num_output_tokens == last + 1
+
+
+def test_special_tokens_have_text_if_asked_for(tokenizer):
+    special = tokenizer.eos_token_id
+    ids = tokenizer.encode("the fox", add_special_tokens=False)
+    ids = [*ids[:1], special, *ids[1:]]
+    name = tokenizer.token_bytes(special).decode()
+    for skip in (True, False):
+        params = SamplingParams(skip_special_tokens=skip)
+        assembler = OutputAssembler(tokenizer, [7], params)
+        text = "".join(assembler.add(RequestOutput("r", [t])).text for t in ids)
+        assert text.count(name) == (not skip)
+
+
+def test_bad_words_stand_for_their_tokens_with_a_space_and_without(tokenizer):
+    params = SamplingParams(bad_words=["fox", "  brown", [5, 6]], seed=4)
+    changed = tokenizer.with_bad_word_tokens(params)
+    assert changed.bad_words[-1] == (5, 6)
+    assert changed.seed == 4
+    for text in ("fox", " fox", "brown", " brown"):
+        assert tuple(tokenizer.encode(text, add_special_tokens=False)) in changed.bad_words
+    assert len(set(changed.bad_words)) == len(changed.bad_words)
+
+
 def test_held_text_is_shown_at_the_end(byte_level):
     ids = byte_level.encode("the fox </e", add_special_tokens=False)
     assembler = OutputAssembler(byte_level, [7], SamplingParams(stop="</end>"))
