@@ -513,6 +513,9 @@ class Pump:
             try:
                 if request.response.add(output):
                     self._stop_output(request, output)
+                if request.response.finished:
+                    # Outputs that stop strings ended are not reported of again.
+                    self._log.ended(request.engine_ids, "stop")
             except Exception:
                 logger.exception("request %s broke while it was answered", output.request_id)
                 self._fail(request, _own_fault())

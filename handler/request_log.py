@@ -45,6 +45,7 @@ class _Record:
 
     num_prompt_tokens: int
     arrived_at: float
+    num_going: int  # outputs that have not ended
     first_token_at: float | None = None
     last_token_at: float = 0.0
     num_output_tokens: int = 0
@@ -73,7 +74,7 @@ class RequestLog:
         """``request`` is about to be handed to the engine."""
         with self._lock:
             self._records[request.request_id] = _Record(
-                len(request.prompt_token_ids), self._clock()
+                len(request.prompt_token_ids), self._clock(), request.params.n
             )
 
     def take(self, outputs: Iterable[RequestOutput]) -> None:
@@ -86,7 +87,9 @@ class RequestLog:
                     continue
                 if output.new_token_ids:
                     self._count_tokens(record, output, now)
-                if output.finish_reason is not None:
+                record.num_going -= output.finish_reason is not None
+                if output.finish_reason == "error" or record.num_going == 0:
+                    assert output.finish_reason is not None
                     self._end(output.request_id, output.finish_reason, now)
 
     def ended(self, request_ids: Iterable[str], reason: str) -> None:

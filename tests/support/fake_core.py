@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ModelError, QueueFull
 from pagetier.handler.metrics_export import COUNTERS, GAUGES
@@ -55,9 +57,15 @@ class FakeCore:
     def step(self) -> list[RequestOutput]:
         time.sleep(self._step_seconds)
         self._num_steps += 1
-        return [self._advance(r) for r in list(self._requests.values())]
+        return [
+            msgspec.structs.replace(output, index=index)
+            for request in list(self._requests.values())
+            for output in [self._advance(request)]
+            for index in range(request.params.n)
+        ]
 
     def _advance(self, request: AddRequest) -> RequestOutput:
+        """What each of the request's outputs gains."""
         made = self._made[request.request_id]
         token = next_token(made[-1] if made else request.prompt_token_ids[-1])
         made.append(token)
@@ -74,6 +82,11 @@ class FakeCore:
             top = [token, *range(FIRST_TOKEN, FIRST_TOKEN + request.params.logprobs)]
             top = top[: request.params.logprobs]
             logprobs = [TokenLogprobs(token, -0.5, top, [-0.5 - i for i in range(len(top))])]
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None and len(made) == 1:
+            prompt_logprobs = [
+                TokenLogprobs(t, -0.5, [t], [-0.5]) for t in request.prompt_token_ids[1:]
+            ]
         if reason is not None:
             del self._requests[request.request_id], self._made[request.request_id]
         return RequestOutput(
@@ -83,6 +96,7 @@ class FakeCore:
             finish_reason=reason,
             stop_reason=stop_reason,
             num_cached_tokens=len(request.prompt_token_ids) // 16 * 16,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def has_work(self) -> bool:
