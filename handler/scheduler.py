@@ -584,8 +584,9 @@ class Scheduler:
 
     @staticmethod
     def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
-        """What goes out with a sequence's first token, if it was asked for."""
-        if sequence.params.prompt_logprobs is None or sequence.num_output_tokens != 1:
+        """What goes out with a request's first output's first token, if it was asked for."""
+        is_first = sequence.index == 0 and sequence.num_output_tokens == 1
+        if sequence.params.prompt_logprobs is None or not is_first:
             return None
         taken, sequence.prompt_logprobs = sequence.prompt_logprobs, []
         return taken

@@ -54,6 +54,7 @@ class SequenceGroup:
         self._stop_token_ids = tuple(self._params.stop_token_ids or ())
         self._num_born = 1
         self._withheld: dict[int, _Withheld] = {}
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
         self._ready: dict[int, list[Candidate]] = {}
         self._search: BeamSearch | None = None
         self.beams: list[Sequence] = []
@@ -111,6 +112,8 @@ class SequenceGroup:
         held = self._withheld.setdefault(output.index, _Withheld())
         held.token_ids += output.new_token_ids
         held.logprobs += output.logprobs or []
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
         if output.finish_reason is not None:
             held.last = output
         num_ended = sum(h.last is not None for h in self._withheld.values())
@@ -125,6 +128,7 @@ class SequenceGroup:
                     held.last,
                     new_token_ids=held.token_ids,
                     logprobs=self._trim(held.logprobs),
+                    prompt_logprobs=self._prompt_logprobs if index == 0 else None,
                     index=index,
                 )
             )

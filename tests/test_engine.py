@@ -5,7 +5,13 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.fake_engine import FakeEngine, expected_beams, expected_tokens, output_name
+from support.fake_engine import (
+    FakeEngine,
+    expected_beams,
+    expected_tokens,
+    output_name,
+    prompt_logprobs,
+)
 
 from pagetier.handler.errors import InvalidRequest, PromptTooLong, QueueFull
 
@@ -443,7 +449,7 @@ def test_any_history_keeps_the_invariants_and_the_tokens(settings, num_requests,
     # The workload is drawn from a seed: hypothesis alone favours histories too small to preempt.
     rng = random.Random(workload)
     engine = FakeEngine(**settings)
-    expected = {}
+    expected, scored = {}, {}
     events: list[tuple[int, str, tuple]] = []
     clock = 0
     for i in range(num_requests):
@@ -453,9 +459,13 @@ def test_any_history_keeps_the_invariants_and_the_tokens(settings, num_requests,
         kwargs = {"priority": rng.randrange(3), "ignore_eos": rng.random() < 0.8}
         if rng.random() < 0.3:
             kwargs["n"] = rng.randint(2, 4)
+            if rng.random() < 0.3:
+                kwargs["best_of"] = 4
         elif rng.random() < 0.15:
             kwargs |= {"n": min(2, len(prompt)), "use_beam_search": True, "ignore_eos": False}
             prompt, max_tokens = prompt[-4:], min(max_tokens, 6)
+        if "use_beam_search" not in kwargs and rng.random() < 0.3:
+            kwargs["prompt_logprobs"] = 0
         events.append((clock, name, (prompt, max_tokens, kwargs)))
         if rng.random() < 0.2:
             events.append((clock + rng.randrange(30), name, ()))
@@ -465,6 +475,8 @@ def test_any_history_keeps_the_invariants_and_the_tokens(settings, num_requests,
         else:
             tokens = expected_tokens(prompt, max_tokens, ignore_eos=kwargs["ignore_eos"])
             expected |= {output_name(name, i): tokens for i in range(kwargs.get("n", 1))}
+            if "prompt_logprobs" in kwargs:
+                scored[name] = prompt_logprobs(prompt, prompt[1:])
     for step in range(max(when for when, *_ in events) + 1):
         for when, name, request in events:
             if when == step and request:
@@ -476,5 +488,8 @@ def test_any_history_keeps_the_invariants_and_the_tokens(settings, num_requests,
     engine.run()
     for name, tokens in expected.items():
         assert engine.tokens[name] == tokens, name
+    for name, logprobs in scored.items():
+        assert engine.prompt_logprobs[name] == logprobs, name
+    assert engine.prompt_logprobs.keys() <= {name for _, name, _ in events}
     assert engine.manager.gpu.num_free == engine.manager.gpu.num_blocks
     assert engine.manager.cpu.num_free == engine.manager.cpu.num_blocks

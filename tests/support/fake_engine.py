@@ -56,6 +56,14 @@ def top_logprobs(context: list[int], count: int) -> TokenLogprobs:
     return TokenLogprobs(next_token(context), 0.0, [t for _, t in ranked], [p for p, _ in ranked])
 
 
+def prompt_logprobs(context: list[int], targets: list[int], first: int = 0) -> list[TokenLogprobs]:
+    """Made-up log-probabilities of ``targets``, which follow the positions from ``first`` on."""
+    return [
+        TokenLogprobs(target, -float(next_token(context[: first + i + 1])), [], [])
+        for i, target in enumerate(targets)
+    ]
+
+
 def expected_beams(prompt: list[int], width: int, max_tokens: int) -> list[list[int]]:
     """What a search must give, computed on the tokens alone."""
     search = BeamSearch(width, max_tokens, (EOS,))
@@ -118,6 +126,12 @@ class FakeRunner:
             assert len(known) >= share.num_tokens - 1, "only the last token may be unknown"
             assert len(seq.block_tables[0]) * self.block_size >= share.start + share.num_tokens
             rows.append((list(known), share, list(seq.block_tables[0]), seq.row))
+        scored = [
+            (first, list(share.sequence.token_ids[first + 1 : end + 1]), index)
+            for index, share in enumerate(plan.scheduled)
+            for first, end in [share.prompt_logprobs]
+            if end
+        ]
         assert len({row for *_, row in rows}) == len(rows), "two sequences share a row"
         copies = list(plan.block_copies)
 
@@ -149,7 +163,11 @@ class FakeRunner:
                     sampled.append(self.last_tokens[row])
                     count = share.sequence.params.logprobs
                     logprobs.append(None if count is None else top_logprobs(context, count))
-            return StepResult(sampled, logprobs)
+            prompts = [
+                prompt_logprobs(contexts[index][: first + len(targets)], targets, first)
+                for first, targets, index in scored
+            ]
+            return StepResult(sampled, logprobs, prompts)
 
         handle = FakeHandle(self, work)
         self.queue.append(handle)
@@ -262,6 +280,7 @@ class FakeEngine:
             self.scheduler, self.runner, self.link, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,)
         )
         self.tokens: dict[str, list[int]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         self.finished: dict[str, RequestOutput] = {}
 
     def add(self, request_id: str, prompt: list[int], max_tokens: int = 8, **kwargs) -> None:
@@ -270,6 +289,8 @@ class FakeEngine:
             max_tokens=max_tokens,
             ignore_eos=kwargs.pop("ignore_eos", True),
             n=kwargs.pop("n", 1),
+            best_of=kwargs.pop("best_of", None),
+            prompt_logprobs=kwargs.pop("prompt_logprobs", None),
             use_beam_search=kwargs.pop("use_beam_search", False),
         )
         self.core.add_request(
@@ -283,6 +304,9 @@ class FakeEngine:
         for output in outputs:
             name = output_name(output.request_id, output.index)
             self.tokens[name] += output.new_token_ids
+            if output.prompt_logprobs is not None:
+                assert name not in self.prompt_logprobs, "told twice"
+                self.prompt_logprobs[name] = output.prompt_logprobs
             if output.finish_reason is not None:
                 self.finished[name] = output
         self.check()
