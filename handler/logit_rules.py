@@ -10,6 +10,9 @@ are made anew from the host's tokens whenever a sequence starts in a row, after 
 instance, which it only does with all its tokens known. Bad words of several tokens are matched on
 the host up to the token that it does not know; the rest is a condition, decided on the device.
 
+If its rules forbid a request all tokens, any token may be chosen: what is certain to lead there is
+refused when the request comes (``SamplingParams.check_tokens``).
+
 Nothing is allocated before the first request needs it, and tables grow with the rows in use.
 ``read`` runs on the host, once for each launch and in their order; ``apply`` and ``count`` run on
 the device, in the same order, and never wait for it.
@@ -129,7 +132,12 @@ class LogitRules:
                     self._bias_owners[row] = _owner(sequence)
                     new_bias_rows.append(row)
                     new_bias.append(bias_of(params, self._vocab_size))
-            bans += [(sample, token, row, last) for token, last in bans_of(sequence, position)]
+            bans += [
+                (sample, token, row, last)
+                for token, last in bans_of(sequence, position)
+                # A model's configuration may name ends that it does not have.
+                if 0 <= token < self._vocab_size
+            ]
             if params.has_penalties:
                 penalties.append((sample, row))
                 strengths.append(

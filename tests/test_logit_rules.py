@@ -14,7 +14,7 @@ from pagetier.handler.step import ScheduledSequence
 
 VOCABULARY = 12
 MAX_NUM_SEQS = 5
-EOS = (3,)
+EOS = (3, 99)  # a model's configuration may name what it does not have
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -370,7 +370,12 @@ def test_a_step_asks_the_gpu_for_nothing(name: str, tmp_path: pathlib.Path) -> N
         pytest.skip("no CUDA device on this machine")
     # In 16 bits, as usual there: torch multiplies by experts in fp32 one by one, and asks how many.
     driver = Driver(load(tmp_path, name, "cuda", "bfloat16"))
-    params = [GREEDY, SamplingParams(temperature=0.7, top_p=0.9, top_k=9, seed=1, logprobs=2)] * 2
+    rules = SamplingParams(
+        repetition_penalty=1.2, presence_penalty=0.1, logit_bias={3: 1.0}, min_tokens=5,
+        stop_token_ids=[4], bad_words=[[5], [6, 7]], min_p=0.01, seed=1,
+    )  # fmt: skip
+    filters = SamplingParams(temperature=0.7, top_p=0.9, top_k=9, seed=1, logprobs=2)
+    params = [GREEDY, filters, rules, filters]
     sequences = [driver.add(p, s) for p, s in zip(prompts(), params, strict=True)]
     plan = driver.plan([driver.share(s, s.num_tokens) for s in sequences])
     pending = (plan, driver.launch(plan))

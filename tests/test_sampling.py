@@ -179,6 +179,37 @@ def test_preemption_changes_no_token(llama, mode, enable_prefix_caching):
     assert {"stop", "length"} == set(reasons)
 
 
+def test_several_outputs_of_a_prompt_are_each_penalised_by_their_own_tokens(llama):
+    settings = {
+        "temperature": 1.2,
+        "seed": 3,
+        "max_tokens": NEW_TOKENS,
+        # Negative logits, multiplied by this: no token a second time.
+        "allowed_token_ids": list(range(40, 90)),
+        "logit_bias": dict.fromkeys(range(40, 90), -100.0),
+        "repetition_penalty": 1e6,
+        "prompt_logprobs": 1,
+    }
+    prompts = prompts_of(seed=10, count=4)
+    outputs = []
+    for num_blocks in (300, 20):
+        with open_llm(llama, num_gpu_blocks_override=num_blocks) as llm:
+            params = SamplingParams(n=3, **settings)
+            outputs.append(llm.generate(prompts, params, use_tqdm=False))
+            assert (llm.stats()["num_preemptions"] > 0) == (num_blocks == 20)
+    calm, pressed = [[[o.token_ids for o in r.outputs] for r in run] for run in outputs]
+    assert calm == pressed
+    for prompt, request in zip(prompts, calm, strict=True):
+        assert len({tuple(ids) for ids in request}) == 3
+        for ids in request:
+            assert len({*ids, *prompt}) == len(ids) + len(set(prompt))
+            assert set(ids) <= set(range(40, 90))
+    model = tiny_models.build("llama")
+    for run in outputs:
+        for result in run:
+            check_prompt_logprobs(model, result.prompt_token_ids, params, result.prompt_logprobs)
+
+
 def check_prompt_logprobs(model, prompt, params, got) -> None:
     """Against transformers' logits of the whole prompt."""
     assert got[0] is None
