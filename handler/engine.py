@@ -14,6 +14,7 @@ from pagetier.handler.kv_cache_manager import Direction
 from pagetier.handler.request import AddRequest, RequestOutput
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import Runner, StepHandle, StepPlan
+from pagetier.handler.structured_output import Grammars
 from pagetier.offload.transfer import Link
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class EngineCore:
         scheduler: decides each step; holds the requests.
         runner: runs steps.
         link: moves blocks between the tiers.
+        grammars: compiles what outputs are to keep to; None refuses such requests.
         vocab_size: token ids are below this.
         eos_token_ids: the model's own end-of-sequence tokens.
         info: limits and sizes found at start, for ``stats`` and the log.
@@ -40,6 +42,7 @@ class EngineCore:
         runner: Runner,
         link: Link,
         *,
+        grammars: Grammars | None = None,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         info: dict[str, Any] | None = None,
@@ -51,6 +54,7 @@ class EngineCore:
         self.info = info or {}
         self._runner = runner
         self._link = link
+        self._grammars = grammars
         self._in_flight: tuple[StepPlan, StepHandle] | None = None
         self._last_event: Any = None
 
@@ -63,7 +67,21 @@ class EngineCore:
             QueueFull: as many wait as may.
         """
         self.check_request(request)
-        self.scheduler.add(request)
+        params = request.params.structured_outputs
+        if params is None or self._grammars is None or not self.scheduler.has_queue_room:
+            self.scheduler.add(request)
+        else:
+            self.scheduler.add(request, self._grammars.constrain(params))
+
+    def check_grammar(self, request: AddRequest) -> None:
+        """Wait until a request's grammar, if it has one, is compiled.
+
+        Raises:
+            InvalidRequest: it is wrong or too complex.
+        """
+        params = request.params.structured_outputs
+        if params is not None and self._grammars is not None:
+            self._grammars.check(params)
 
     def check_request(self, request: AddRequest) -> None:
         """Raise what ``add_request`` would raise of a request that can never be served."""
@@ -85,6 +103,11 @@ class EngineCore:
             )
         request.params.check_tokens(self.vocab_size, request.eos_token_ids)
         self.scheduler.check_beams(request)
+        if request.params.structured_outputs is not None and self._grammars is None:
+            raise InvalidRequest(
+                "This engine has no grammars; leave structured output out.",
+                param="structured_outputs",
+            )
 
     def abort(self, request_ids: list[str], outputs: Iterable[tuple[str, int]] = ()) -> None:
         """End these requests, and single ``outputs`` (request id, index), and free what they hold.
@@ -101,17 +124,25 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Launch the next step, then collect the one before it and return what came of it."""
         self._poll_link()
+        if self._grammars is not None:
+            self._grammars.begin_step()
         plan = self.scheduler.schedule()
+        notices = self.scheduler.take_notices()
         self._submit_transfers()
         launched = (plan, self._runner.launch(plan)) if plan.scheduled else None
         if launched is not None:
             self._last_event = launched[1].event
         collected, self._in_flight = self._in_flight, launched
         if collected is not None:
-            return self.scheduler.update(collected[0], collected[1].collect())
-        if launched is None:
+            return notices + self.scheduler.update(collected[0], collected[1].collect())
+        if launched is None and not notices:
+            self._wait()
+        return notices
+
+    def _wait(self) -> None:
+        """Wait for a mask or a copy, whichever there is to wait for; nothing can run before."""
+        if self._grammars is None or not self._grammars.wait(_LINK_WAIT_SECONDS):
             self._link.wait(_LINK_WAIT_SECONDS)
-        return []
 
     def _poll_link(self) -> None:
         for done in self._link.poll():
@@ -140,5 +171,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Finish what is launched and give the device back. Requests still open are dropped."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._link.close()
         self._runner.close()

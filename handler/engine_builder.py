@@ -5,6 +5,7 @@ be, how many blocks each tier has, and what swapping costs. Knows nothing of ser
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -21,6 +22,8 @@ from pagetier.handler.model_runner import ModelRunner
 from pagetier.handler.request import AddRequest, SamplingParams, Sequence
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import ScheduledSequence, StepPlan
+from pagetier.handler.structured_output import Grammars
+from pagetier.handler.tokenizer import Tokenizer
 from pagetier.handler.units import format_bytes
 from pagetier.offload import host_memory
 from pagetier.offload.calibrate import measure_link, measure_prefill
@@ -110,6 +113,11 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         Scheduler(config, manager, cost_model, sizes.max_model_len),
         runner,
         link,
+        grammars=Grammars(
+            functools.partial(Tokenizer.load, config),
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+        ),
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         info=info,

@@ -121,6 +121,8 @@ class LLM:
                     run = unfinished.get(output.request_id)
                     if run is None:
                         continue
+                    if output.error is not None:
+                        raise InvalidRequest(output.error)
                     if run.add(output):
                         self._core.abort([], [(output.request_id, output.index)])
                     if run.is_finished:
@@ -185,6 +187,7 @@ class LLM:
                 eos_token_ids=self._core.eos_token_ids,
             )
             self._core.check_request(request)
+            self._core.check_grammar(request)
             result = GenerationOutput(request.request_id, text, token_ids, [])
             requests.append((request, _Run(result, self._tokenizer, params)))
         return requests

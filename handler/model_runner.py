@@ -26,7 +26,7 @@ from pagetier import kernels
 from pagetier.handler.logit_rules import HostRules, LogitRules
 from pagetier.handler.model_loader import ForwardContext, LoadedModel, forward_context
 from pagetier.handler.request import AddRequest, SamplingParams, Sequence, TokenLogprobs
-from pagetier.handler.sampler import RowSettings, SamplerOutput, sample, score
+from pagetier.handler.sampler import RowSettings, SamplerOutput, allow_tokens, sample, score
 from pagetier.handler.step import (
     MAX_PROMPT_LOGPROBS_PER_STEP,
     ScheduledSequence,
@@ -63,6 +63,8 @@ class _HostBatch:
         prompt_targets: these successors, int64 ``(positions,)``.
         prompt_wishes: for each sequence that wants such, how many positions and how many most
             likely tokens of each.
+        masked_samples: which samples keep to a grammar, int64 ``(masks,)``.
+        masks: tokens allowed to each of these, see ``allow_tokens``, int32 ``(masks, words)``.
     """
 
     token_ids: Int64Array
@@ -81,6 +83,8 @@ class _HostBatch:
     prompt_tokens: Int64Array
     prompt_targets: Int64Array
     prompt_wishes: list[tuple[int, int]]
+    masked_samples: Int64Array
+    masks: Int32Array
 
     @classmethod
     def of(cls, plan: StepPlan, block_size: int) -> "_HostBatch":
@@ -119,6 +123,11 @@ class _HostBatch:
             prompt_tokens += range(offset + first, offset + end)
             prompt_targets += share.sequence.token_ids[first + 1 : end + 1]
             prompt_wishes.append((end - first, share.sequence.params.prompt_logprobs or 0))
+        masks = [
+            (sample, s.sequence.constraint.mask)
+            for sample, (_, s) in enumerate(samples)
+            if s.sequence.constraint is not None
+        ]
         return cls(
             token_ids=np.array(token_ids, dtype=np.int64),
             positions=positions,
@@ -140,6 +149,10 @@ class _HostBatch:
             prompt_tokens=np.array(prompt_tokens, dtype=np.int64),
             prompt_targets=np.array(prompt_targets, dtype=np.int64),
             prompt_wishes=prompt_wishes,
+            masked_samples=np.array([sample for sample, _ in masks], dtype=np.int64),
+            masks=np.frombuffer(b"".join(mask for _, mask in masks), dtype=np.int32).reshape(
+                len(masks), -1 if masks else 0
+            ),
         )
 
 
@@ -361,16 +374,21 @@ class ModelRunner:
             prompts = score(logits[num_samples:], targets, num_top)
             logits = logits[:num_samples]
         rows, settings = upload([batch.sampled_rows, batch.sampling.packed()], self._device)
-        if rules is None:
+        if rules is None and not len(batch.masks):
             sampled = sample(logits, batch.sampling, settings)
         else:
-            on_device = self._rules.upload(rules)
             # Log-probabilities are of what the model said, not of what was made of it.
             wants_raw = batch.sampling.num_logprobs is not None
             changed = logits.to(torch.float32, copy=wants_raw)
-            self._rules.apply(changed, on_device, self._last_token_ids)
+            on_device = None if rules is None else self._rules.upload(rules)
+            if on_device is not None:
+                self._rules.apply(changed, on_device, self._last_token_ids)
+            if len(batch.masks):
+                samples, masks = upload([batch.masked_samples, batch.masks], self._device)
+                allow_tokens(changed, samples, masks)
             sampled = sample(changed, batch.sampling, settings, raw_logits=logits)
-            self._rules.count(on_device, sampled.token_ids)
+            if on_device is not None:
+                self._rules.count(on_device, sampled.token_ids)
         self._last_token_ids.index_copy_(0, rows, sampled.token_ids)
         return _Outputs(sampled, prompts)
 

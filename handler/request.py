@@ -27,11 +27,11 @@ import secrets
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as AbcSequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
-from pagetier.handler.errors import InvalidRequest
+from pagetier.handler.errors import EngineError, InvalidRequest
 
 if TYPE_CHECKING:
     from pagetier.handler.sequence_group import SequenceGroup
@@ -408,6 +408,8 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     ``prompt_logprobs``: of the prompt's tokens from the second on, with the first output token.
     ``index``: which of the request's outputs this is about; each finishes by itself.
     ``queue_seconds``: how long it waited before it was first scheduled.
+    ``has_stop_token``: with ``stop``, whether the last token only ended the output; a grammar that
+    is complete ends it without. A report of no token and no end says that a grammar was accepted.
     """
 
     request_id: str
@@ -423,6 +425,12 @@ class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
     queue_seconds: float = 0.0
     prompt_logprobs: list[TokenLogprobs] | None = None
     index: int = 0
+    has_stop_token: bool = True
+
+    @property
+    def is_notice(self) -> bool:
+        """Whether it only says that a grammar was accepted."""
+        return not self.new_token_ids and self.finish_reason is None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
@@ -458,6 +466,35 @@ FromEngine = StepOutputs | StatsReply | EngineReady | EngineFailed
 
 
 # --- a request inside the engine -------------------------------------------------------------
+
+
+class TokenConstraint(Protocol):
+    """A sequence's place in a grammar; ``structured_output.Constraint`` is one.
+
+    Attributes:
+        mask: once settled, the tokens that may come next: a bit for each token id, lowest first,
+            in whole 32-bit words, and perhaps a word more.
+        error: why no token may come any more.
+        is_complete: nothing may follow what was accepted.
+        has_eos: the last token was an end of sequence, no part of the output.
+    """
+
+    mask: bytes
+    error: EngineError | None
+    is_complete: bool
+    has_eos: bool
+
+    def poll(self) -> bool:
+        """Whether it is settled: ``mask`` is that of the next token, or ``error`` is set."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Take the token that was chosen; not settled again until ``poll`` says so."""
+        ...
+
+    def fork(self) -> "TokenConstraint":
+        """Another one at the same place."""
+        ...
 
 
 class SequenceStatus(enum.Enum):
@@ -496,10 +533,12 @@ class Sequence:
     __slots__ = (
         "arrival",
         "arrived_at",
+        "awaits_mask",
         "block_hashes",
         "block_tables",
         "cache_salt",
         "changes_logits",
+        "constraint",
         "eos_token_ids",
         "finish_reason",
         "group",
@@ -558,6 +597,9 @@ class Sequence:
         self.group: SequenceGroup | None = None
         # Whether its next token may only be planned once the one before it is known.
         self.is_lockstep = False
+        # The grammar that it keeps to, and whether it must wait for what that says next.
+        self.constraint: TokenConstraint | None = None
+        self.awaits_mask = False
         # Index in the runner's per-sequence device buffers while it holds GPU blocks, else -1.
         self.row = -1
         self.block_tables: list[list[int]] = []  # per KV group: GPU block ids
@@ -573,6 +615,7 @@ class Sequence:
         child.index = index
         child.seed = (self.seed + index * _SEED_STEP) % 2**63
         child.token_ids = list(self.token_ids)
+        child.constraint = None if self.constraint is None else self.constraint.fork()
         child.block_hashes = list(self.block_hashes)
         child.prompt_logprobs = []
         child.block_tables, child.swapped_blocks = [], []

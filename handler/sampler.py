@@ -171,6 +171,21 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sample
     return SamplerOutput(token_ids, *map(torch.cat, zip(*pieces, strict=True)))
 
 
+def allow_tokens(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
+    """Forbid all but the allowed tokens in some rows, in place.
+
+    Args:
+        logits: float32 ``(all rows, vocabulary)``.
+        rows: which rows are masked, int64 ``(rows,)``.
+        masks: a bit for each token id, lowest first, 1 where it is allowed; int32
+            ``(rows, words)``, with at least as many bits as there are tokens.
+    """
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    is_allowed = (masks[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
+    allowed = logits.index_select(0, rows).masked_fill_(~is_allowed, -torch.inf)
+    logits.index_copy_(0, rows, allowed)
+
+
 def token_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     """Unnormalised probabilities ``exp((logit - highest) / temperature)``, ``(rows, vocabulary)``.
 

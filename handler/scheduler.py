@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pagetier.handler.config import EngineConfig
-from pagetier.handler.errors import InvalidRequest, QueueFull
+from pagetier.handler.errors import EngineError, InvalidRequest, QueueFull
 from pagetier.handler.kv_cache_manager import Direction, KVCacheManager, PrefixMatch
 from pagetier.handler.metrics import EngineTotals
 from pagetier.handler.request import (
@@ -28,6 +28,7 @@ from pagetier.handler.request import (
     RequestOutput,
     Sequence,
     SequenceStatus,
+    TokenConstraint,
     TokenLogprobs,
 )
 from pagetier.handler.sequence_group import SequenceGroup
@@ -78,11 +79,17 @@ class Scheduler:
         self._step_id = 0
         self._prompt_logprobs_room = 0  # positions that the step being planned may still take
         self._decisions: list[dict[str, Any]] = []
+        self._awaiting_masks: list[Sequence] = []
+        self._notices: list[RequestOutput] = []
 
     # --- arrival and departure ---
 
-    def add(self, request: AddRequest) -> None:
+    def add(self, request: AddRequest, constraint: TokenConstraint | None = None) -> None:
         """Queue a request; the caller has checked that it can ever fit.
+
+        Args:
+            request: what the client asked for.
+            constraint: what its output keeps to; it waits until that is settled.
 
         Raises:
             QueueFull: as many wait as may.
@@ -100,6 +107,10 @@ class Scheduler:
         if params.num_sequences > 1 or params.use_beam_search:
             num_prompt_tokens = sequence.num_prompt_tokens
             SequenceGroup(request, self._max_tokens(sequence) - num_prompt_tokens).adopt(sequence)
+        if constraint is not None:
+            sequence.constraint = constraint
+            sequence.is_lockstep = True
+            self._await_mask(sequence)
         bisect.insort(self.waiting, sequence, key=self._order)
 
     def check_beams(self, request: AddRequest) -> None:
@@ -158,6 +169,7 @@ class Scheduler:
         self._prompt_logprobs_room = MAX_PROMPT_LOGPROBS_PER_STEP
         self.manager.begin_step()
         self._settle_loads()
+        self._settle_constraints()
         self._fork_computed_prompts()
         self._preempt_for_priority()
         num_preemptions = self.totals.num_preemptions
@@ -227,7 +239,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget == 0 or not self._free_rows or len(misfits) >= _MAX_MISFITS:
                 break
-            if _has_told(sequence):
+            if sequence.awaits_mask or _has_told(sequence):
                 continue  # its next token is chosen once the other beams have told theirs
             match = self._match(sequence) if self._is_settled(sequence) else None
             if match is None or not self._fits(sequence, match, is_busy=bool(scheduled)):
@@ -326,7 +338,7 @@ class Scheduler:
 
     def _num_wanted(self, sequence: Sequence) -> int:
         """Tokens the sequence could compute now; 0 if its last one is already in flight."""
-        if sequence.is_lockstep and sequence.num_in_flight:
+        if sequence.awaits_mask or (sequence.is_lockstep and sequence.num_in_flight):
             return 0
         if sequence.group is not None and sequence.group.num_unborn:
             # The others fork from it before the last token of the prompt, which each computes.
@@ -364,6 +376,47 @@ class Scheduler:
         first = max(start, sequence.num_prompt_logprobs)
         end = min(start + num_tokens, sequence.num_prompt_tokens - 1)
         return (first, end) if first < end else (0, 0)
+
+    # --- constraints ---
+
+    def _await_mask(self, sequence: Sequence) -> None:
+        sequence.awaits_mask = True
+        self._awaiting_masks.append(sequence)
+
+    def _settle_constraints(self) -> None:
+        """Note which masks have come, and fail requests whose grammar cannot be followed."""
+        awaiting, self._awaiting_masks = self._awaiting_masks, []
+        for sequence in awaiting:
+            assert sequence.constraint is not None, sequence.sequence_id
+            if sequence.is_finished:
+                continue
+            if not sequence.constraint.poll():
+                self._awaiting_masks.append(sequence)
+                continue
+            sequence.awaits_mask = False
+            if sequence.constraint.error is not None:
+                self._notices.append(self._fail(sequence, sequence.constraint.error))
+            elif not sequence.num_output_tokens:
+                self._notices.append(RequestOutput(sequence.request_id, []))
+
+    def _fail(self, sequence: Sequence, error: EngineError) -> RequestOutput:
+        """End a sequence's whole request because of an error of its own."""
+        for sibling in list(self._sequences[sequence.request_id]):
+            self._remove(sibling)
+            sibling.finish_reason = "error"
+        self.totals.request_success["error"] += 1
+        return RequestOutput(
+            sequence.request_id,
+            [],
+            finish_reason="error",
+            error=error.message,
+            error_status=error.status,
+        )
+
+    def take_notices(self) -> list[RequestOutput]:
+        """What is to be told of requests beside what steps bring: grammars taken or refused."""
+        notices, self._notices = self._notices, []
+        return notices
 
     # --- forks ---
 
@@ -468,7 +521,7 @@ class Scheduler:
         if self.config.scheduling_policy != "priority":
             return
         first = self.waiting[0] if self.waiting else None
-        if first is None or not self._is_settled(first):
+        if first is None or first.awaits_mask or not self._is_settled(first):
             return
         pool = self.manager.gpu
         match = self._match(first)
@@ -486,8 +539,10 @@ class Scheduler:
         waiting = [s for s in self.waiting if self._is_settled(s) and not _has_told(s)]
         if not waiting or not self.running or self.manager.num_transfers_in_flight:
             return
+        if any(s.num_in_flight or s.awaits_mask for s in self.running):
+            return
         victim = self.running[-1]
-        if victim.group is not waiting[0].group and not any(s.num_in_flight for s in self.running):
+        if victim.group is not waiting[0].group:
             self._preempt(victim, f"{waiting[0].sequence_id} and all others wait for blocks")
 
     def _requeue(self, sequence: Sequence) -> None:
@@ -557,6 +612,14 @@ class Scheduler:
                 if sequence.group.collect(sequence, logprobs):
                     outputs += self._advance_beams(sequence.group)
                 continue
+            constraint = sequence.constraint
+            if constraint is not None:
+                constraint.accept(token_id)
+                if constraint.error is not None:
+                    outputs.append(self._fail(sequence, constraint.error))
+                    continue
+                if not constraint.is_complete:
+                    self._await_mask(sequence)
             sequence.token_ids.append(token_id)
             self.totals.generation_tokens += 1
             finish_reason = self._finish_reason(sequence, token_id)
@@ -571,6 +634,9 @@ class Scheduler:
                 queue_seconds=sequence.queue_seconds,
                 prompt_logprobs=self._take_prompt_logprobs(sequence),
                 index=sequence.index,
+                has_stop_token=constraint is None
+                or constraint.has_eos
+                or sequence.stop_reason is not None,
             )
             group = sequence.group
             outputs += [output] if group is None else group.pass_on(output)
@@ -596,6 +662,8 @@ class Scheduler:
             return "stop"
         if token_id in (sequence.params.stop_token_ids or ()):
             sequence.stop_reason = token_id
+            return "stop"
+        if sequence.constraint is not None and sequence.constraint.is_complete:
             return "stop"
         return "length" if sequence.num_tokens >= self._max_tokens(sequence) else None
 

@@ -489,7 +489,8 @@ class OutputAssembler:
             self.num_output_tokens += len(token_ids)
             return OutputDelta(self._decoder.add(token_ids), token_ids, logprobs)
         # The token that ended the output is counted, but is no part of its text unless asked for.
-        is_hidden = output.finish_reason == "stop" and not self._shows_stop
+        is_stop = output.finish_reason == "stop" and output.has_stop_token
+        is_hidden = is_stop and not self._shows_stop
         with_text = token_ids[:-1] if is_hidden else token_ids
         if self._stops is None:
             text = self._decoder.add(with_text)
