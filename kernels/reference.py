@@ -70,9 +70,12 @@ def paged_attention(
     key = (block_size, window, num_heads, kv_heads, max(head_dim, value_dim))
     if key not in metadata.shared:
         metadata.shared[key] = list(_plan(metadata, *key))
+    # All layers gather into the same memory: taking fresh memory for each costs a CPU more, in page
+    # faults, than the copy itself.
+    buffers = metadata.shared.setdefault("buffers", ([], []))
     for context in metadata.shared[key]:
-        keys = _gather(k_cache, context)
-        values = _gather(v_cache, context)
+        keys = _gather(k_cache, context, buffers[0])
+        values = _gather(v_cache, context, buffers[1])
         _clean(values, context)
         for piece in context.pieces:
             mixed = _attend(q[piece.tokens], keys, values, piece, scale, softcap, grouped_sinks)
@@ -145,20 +148,26 @@ def _plan(
             length = num_blocks * block_size
             readable = _readable(host_seq_lens[picked], group.query_len, length, window)
             by_block = readable.reshape(len(picked), num_blocks, block_size)
-            row, block = np.nonzero(~by_block.all(-1))
+            used, whole = by_block.any(-1), by_block.all(-1)
+            # A block without a readable slot may have any id, or be somebody else's. Another one
+            # of the sequence stands in for it, of which all is readable: its weights will be 0.
+            # Where there is none, it is block 0, and unclean.
+            has_whole = whole.any(-1, keepdims=True)
+            stand_in = np.where(used, np.arange(num_blocks), whole.argmax(-1)[:, None])
+            row, block = np.nonzero(np.where(has_whole, used & ~whole, ~whole))
             unclean = (row[:, None] * kv_heads + np.arange(kv_heads)) * num_blocks + block[:, None]
-            chosen, unclean_rows, unreadable, holds_readable = upload(
+            chosen, source, has_source, unclean_rows, unreadable = upload(
                 [
                     picked,
+                    stand_in,
+                    np.asarray(used | has_whole, dtype=np.int32),
                     unclean.reshape(-1),
-                    (~by_block[row, block]).astype(np.int32),
-                    by_block.any(-1).astype(np.int32),
+                    np.asarray(~by_block[row, block], dtype=np.int32),
                 ],
                 device,
             )
             sequences, tokens = group.sequences[chosen], group.tokens[chosen]
-            # A block without a readable slot may have any id, or be somebody else's: block 0 then.
-            tables = metadata.block_tables[sequences, :num_blocks].long() * holds_readable
+            tables = metadata.block_tables[sequences].gather(1, source).long() * has_source
             yield _Context(
                 block_ids=tables[:, None],
                 heads=heads,
@@ -235,8 +244,11 @@ def _pieces(
     return pieces
 
 
-def _gather(cache: torch.Tensor, context: _Context) -> torch.Tensor:
-    """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``."""
+def _gather(cache: torch.Tensor, context: _Context, buffer: list[torch.Tensor]) -> torch.Tensor:
+    """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``.
+
+    ``buffer`` holds memory to gather into, or nothing yet; it may keep another piece instead.
+    """
     num_blocks, kv_heads, block_size, dim = cache.shape
     row = block_size * dim
     if cache.stride()[1:] == (row, dim, 1) and cache.stride(0) % row == 0:
@@ -244,7 +256,12 @@ def _gather(cache: torch.Tensor, context: _Context) -> torch.Tensor:
         rows_per_page = cache.stride(0) // row
         num_rows = (num_blocks - 1) * rows_per_page + kv_heads
         rows = cache.as_strided((num_rows, row), (row, 1))
-        gathered = rows.index_select(0, context.rows(rows_per_page))
+        wanted = context.rows(rows_per_page)
+        num_elements = wanted.shape[0] * row
+        if not buffer or buffer[0].dtype != cache.dtype or buffer[0].shape[0] < num_elements:
+            buffer[:] = [cache.new_empty(num_elements)]
+        gathered = buffer[0][:num_elements].view(-1, row)
+        torch.index_select(rows, 0, wanted, out=gathered)
     else:
         # Indexing heads too puts them before the blocks in the same copy.
         gathered = cache[context.block_ids, context.heads]
