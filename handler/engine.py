@@ -67,11 +67,11 @@ class EngineCore:
             QueueFull: as many wait as may.
         """
         self.check_request(request)
-        params = request.params.structured_outputs
-        if params is None or self._grammars is None or not self.scheduler.has_queue_room:
-            self.scheduler.add(request)
-        else:
-            self.scheduler.add(request, self._grammars.constrain(params))
+        params, constraint = request.params.structured_outputs, None
+        # A request that is refused anyway must not cost the compiling of its grammar.
+        if params is not None and self._grammars is not None and self.scheduler.has_queue_room:
+            constraint = self._grammars.constrain(params)
+        self.scheduler.add(request, constraint)
 
     def check_grammar(self, request: AddRequest) -> None:
         """Wait until a request's grammar, if it has one, is compiled.

@@ -25,13 +25,15 @@ from pagetier.handler.openai_schemas import (
     CommonFields,
     CompletionBody,
     DetokenizeBody,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     TokenizeBody,
     plain_message,
     read_body,
     short,
     without_null_message_fields,
 )
-from pagetier.handler.request import AddRequest, SamplingParams
+from pagetier.handler.request import AddRequest, SamplingParams, StructuredOutputsParams
 from pagetier.handler.tokenizer import Tokenizer
 
 MAX_CHOICES = 128
@@ -334,6 +336,7 @@ class OpenAIApi:
         given = {
             name: value for name in _SAMPLING_FIELDS if (value := getattr(fields, name)) is not None
         }
+        structured_outputs = _structured_outputs(fields)
         if fields.use_beam_search:
             given.setdefault("temperature", 0.0)
         params = SamplingParams(
@@ -344,6 +347,7 @@ class OpenAIApi:
             logprobs=logprobs,
             prompt_logprobs=fields.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
             logit_bias=_logit_bias(fields.logit_bias or {}),
+            structured_outputs=structured_outputs,
             **given,
         )
         params = self._tokenizer.with_bad_word_tokens(params)
@@ -400,6 +404,31 @@ class OpenAIApi:
 def is_client_id(text: str) -> bool:
     """Whether a client may call its request so; the name goes into headers and logs."""
     return _CLIENT_ID.fullmatch(text) is not None
+
+
+def _structured_outputs(fields: CommonFields) -> StructuredOutputsParams | None:
+    """What the output is to keep to, by whichever of its names it was given."""
+    given: dict[str, dict[str, Any]] = {}
+    match fields.response_format:
+        case JsonObjectFormat():
+            given["response_format"] = {"json_object": True}
+        case JsonSchemaFormat(json_schema=wanted):
+            given["response_format"] = {"json": wanted.schema}
+    for kind in ("json", "regex", "choice", "grammar"):
+        if (value := getattr(fields, f"guided_{kind}")) is not None:
+            given[f"guided_{kind}"] = {kind: value}
+    names = [*given, *(["structured_outputs"] if fields.structured_outputs is not None else [])]
+    if len(names) > 1:
+        raise InvalidRequest(
+            f"{names[0]} and {names[1]} both say what the output must look like; give one of them.",
+            param=names[1],
+        )
+    for name, params in given.items():
+        try:
+            return StructuredOutputsParams(**params)
+        except InvalidRequest as exc:
+            raise InvalidRequest(exc.message, param=name) from None
+    return fields.structured_outputs
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

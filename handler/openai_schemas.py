@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from pagetier.handler.errors import InvalidRequest
+from pagetier.handler.request import StructuredOutputsParams
 
 # Fields of OpenAI's API that change nothing about the output.
 HARMLESS = frozenset({
@@ -22,14 +23,11 @@ NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_json": (),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -68,6 +66,30 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: Annotated[bool, msgspec.Meta(extra_json_schema={"const": False})] = False
 
 
+class TextFormat(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
+    """Any text."""
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, tag="json_object", forbid_unknown_fields=True):
+    """Any JSON object."""
+
+
+class JsonSchema(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON schema, always kept to exactly; ``name``, ``description`` and ``strict`` change
+    nothing."""
+
+    schema: dict[str, Any]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, tag="json_schema", forbid_unknown_fields=True):
+    """JSON that keeps to a schema."""
+
+    json_schema: JsonSchema
+
+
 class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all routes that generate take."""
 
@@ -96,6 +118,12 @@ class CommonFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     priority: _Int64 = 0
     cache_salt: str = ""
     stream: bool = False

@@ -11,8 +11,9 @@ from two threads.
 The status of a response leaves with its first piece. So every new request is answered in the
 exchange that brings it: an error, or anything known at once, as a complete reply; an accepted
 request by an opening piece (which also keeps the frontend from sending its body again). Without a
-first piece are left, until it is known what to say: statistics, a drain, and requests with a
-timeout of their own, which is answered with a status if it passes before their first piece.
+first piece are left, until it is known what to say: statistics, a drain, requests with a timeout of
+their own, which is answered with a status if it passes before their first piece, and those with a
+grammar, until the engine has compiled it.
 """
 
 import dataclasses
@@ -145,13 +146,15 @@ class Inbox:
 class _Open:
     """A request between its arrival and its last reply.
 
-    ``has_head``: its first piece, and with it its status, has left. ``left_open``: it is left for
-    the frontend to break off.
+    ``has_head``: its first piece, and with it its status, has left. ``is_accepted``: the engine has
+    taken its grammar, so that the first piece may leave. ``left_open``: it is left for the frontend
+    to break off.
     """
 
     request_id: str
     response: Response
     has_head: bool
+    is_accepted: bool = False
     deadline: float | None = None
     error: EngineError | None = None
     left_open: bool = False
@@ -380,7 +383,10 @@ class Pump:
         response = self._routes[route](request_id, body, client_id or None)
         num_tokens = [len(r.prompt_token_ids) for r in response.requests]
         self._check_queue(len(num_tokens), sum(num_tokens))
-        opened = _Open(request_id, response, has_head=response.timeout is None)
+        # Whether a grammar can be followed is found by the engine; else the status would be gone.
+        has_grammar = response.requests[0].params.structured_outputs is not None
+        has_head = response.timeout is None and not has_grammar
+        opened = _Open(request_id, response, has_head)
         for request in response.requests:
             self._log.started(request)
             self._engine.add(request)
@@ -391,6 +397,7 @@ class Pump:
         if response.timeout is not None:
             opened.deadline = self._clock() + response.timeout
             heapq.heappush(self._deadlines, (opened.deadline, request_id))
+        if not has_head:
             return None
         content_type = EVENT_STREAM if response.stream else JSON
         opening = response.opening() if response.stream else b""
@@ -505,6 +512,11 @@ class Pump:
             request = self._owners.get(output.request_id)
             if request is None or request.error is not None:
                 continue
+            if output.is_notice:
+                if request.response.timeout is None and not request.has_head:
+                    request.is_accepted = True
+                    self._ready[request.request_id] = request
+                continue
             self._wait_no_longer(output.request_id)
             self._ready[request.request_id] = request
             if output.finish_reason == "error":
@@ -556,13 +568,14 @@ class Pump:
                 body = response.opening() + body
             return Reply(index, body, None, content_type=content_type, headers=request.headers)
         events = response.take_events() if response.stream else b""
-        if not events:
-            return None
         if request.has_head:
-            return Reply(index, events, False)
+            return Reply(index, events, False) if events else None
+        if not events and not request.is_accepted:
+            return None
         request.has_head = True
-        body = response.opening() + events
-        return Reply(index, body, False, content_type=EVENT_STREAM, headers=request.headers)
+        content_type = EVENT_STREAM if response.stream else JSON
+        body = response.opening() + events if response.stream else b""
+        return Reply(index, body, False, content_type=content_type, headers=request.headers)
 
     def _tell_error(self, request: _Open, error: EngineError, index: int) -> Reply | None:
         response = request.response

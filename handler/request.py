@@ -64,7 +64,7 @@ class StructuredOutputsParams(
     """
 
     json: str | dict[str, Any] | None = None
-    json_object: bool = False
+    json_object: bool | None = None
     regex: str | None = None
     choice: AbcSequence[str] | None = None
     grammar: str | None = None

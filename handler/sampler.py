@@ -28,7 +28,7 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
-# Rows whose log-probabilities are worked out at once.
+# Rows whose log-probabilities, or masks, are worked out at once.
 _SCORED_ROWS = 64
 
 
@@ -181,9 +181,12 @@ def allow_tokens(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) 
             ``(rows, words)``, with at least as many bits as there are tokens.
     """
     bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    is_allowed = (masks[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
-    allowed = logits.index_select(0, rows).masked_fill_(~is_allowed, -torch.inf)
-    logits.index_copy_(0, rows, allowed)
+    # A slice at a time: unpacked, a mask takes as much memory as the row.
+    for start in range(0, len(rows), _SCORED_ROWS):
+        some, words = (t[start : start + _SCORED_ROWS] for t in (rows, masks))
+        is_allowed = (words[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
+        allowed = logits.index_select(0, some).masked_fill_(~is_allowed, -torch.inf)
+        logits.index_copy_(0, some, allowed)
 
 
 def token_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

@@ -204,7 +204,7 @@ def test_neutral_and_harmless_fields_change_nothing(api, field, value):
     ("field", "value"),
     [
         ("spaces_between_special_tokens", False),
-        ("response_format", {"type": "json_object"}), ("tools", [{}]), ("guided_json", {}),
+        ("tools", [{}]), ("functions", [{}]), ("reasoning_effort", "low"),
     ],
 )  # fmt: skip
 def test_features_that_do_not_exist_yet_are_refused(api, field, value):
@@ -450,6 +450,11 @@ def test_malformed_json_is_an_invalid_request(data):
 def test_errors_have_openais_shape(error, expected):
     body = json.loads(error_body(error))
     assert body == {"error": dict(zip(("message", "type", "param", "code"), expected, strict=True))}
+
+
+def test_error_that_quotes_half_a_surrogate_pair_can_be_sent():
+    body = json.loads(error_body(InvalidRequest("Unknown field '\ud800'.", param="\ud800")))
+    assert (body["error"]["message"], body["error"]["param"]) == ("Unknown field '?'.", "?")
 
 
 # --- responses -------------------------------------------------------------------------------
