@@ -30,9 +30,9 @@ def error_body(error: EngineError) -> bytes:
     """``error`` as OpenAI's JSON."""
     return _json({
         "error": {
-            "message": error.message,
+            "message": _sendable(error.message),
             "type": error.type,
-            "param": error.param,
+            "param": None if error.param is None else _sendable(error.param),
             "code": error.code,
         }
     })  # fmt: skip
@@ -41,6 +41,14 @@ def error_body(error: EngineError) -> bytes:
 def error_event(error: EngineError) -> bytes:
     """``error`` as the end of a stream."""
     return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def _sendable(text: str) -> str:
+    """``text`` with a question mark for each half of a surrogate pair, which no UTF-8 can carry.
+
+    An error may quote what the client has sent.
+    """
+    return text.encode(errors="replace").decode()
 
 
 class _Choice:
