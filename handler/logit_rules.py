@@ -45,7 +45,7 @@ class HostRules:
         bias: (sample, row) of samples that have a row of the table of biases, int64 ``(n, 2)``.
         new_bias_rows: rows of that table to be written first, int64 ``(m,)``.
         new_bias: what to write, float32 ``(m, vocabulary)``.
-        bans: (sample, token, row, last token) of tokens forbidden if the last token of the row is
+        bans: (sample, row, token, last token) of tokens forbidden if the last token of the row is
             that one, or, where it is -1, at any rate; int64 ``(n, 4)``.
         penalties: (sample, row) of samples with penalties, int64 ``(n, 2)``.
         strengths: their repetition, presence and frequency penalties, float32 ``(n, 3)``.
@@ -104,11 +104,11 @@ class LogitRules:
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
         self._device = device
+        # Of a vocabulary, few tokens have come. On a GPU, to look for them would wait for it.
+        self._is_sparse = device.type == "cpu"
         self._bias = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        # On the host: whose each row of a table is, and how much output it has counted.
-        self._bias_owners: dict[int, tuple[str, int, int]] = {}
-        self._count_owners: dict[int, tuple[tuple[str, int, int], int]] = {}
+        self._rows: dict[int, _Row] = {}
 
     # --- on the host -------------------------------------------------------------------------
 
@@ -120,45 +120,60 @@ class LogitRules:
         """
         if not any(share.sequence.changes_logits for share in scheduled):
             return None
-        bias, new_bias_rows, new_bias, bans = [], [], [], []
+        bias, new_bias_rows, new_bias = [], [], []
+        bans = [np.zeros((0, 4), dtype=np.int64)]
         penalties, strengths, new_count_rows = [], [], []
         new_counts = [np.zeros((0, 3), dtype=np.int64)]
         for sample, share in enumerate(scheduled):
             sequence, position = share.sequence, share.start + share.num_tokens
+            if not sequence.changes_logits:
+                continue
             params, row = sequence.params, sequence.row
-            if has_bias(params):
-                bias.append((sample, row))
-                if self._bias_owners.get(row) != _owner(sequence):
-                    self._bias_owners[row] = _owner(sequence)
+            state = self._rows.get(row)
+            if state is None or state.owner != _owner(sequence):
+                state = self._rows[row] = _Row(sequence)
+                if state.has_bias:
                     new_bias_rows.append(row)
                     new_bias.append(bias_of(params, self._vocab_size))
-            bans += [
-                (sample, token, row, last)
-                for token, last in bans_of(sequence, position)
-                # A model's configuration may name ends that it does not have.
-                if 0 <= token < self._vocab_size
-            ]
+            if state.has_bias:
+                bias.append((sample, row))
+            for tokens in (
+                self._ends_of(sequence, position),
+                *state.bad_words.bans(sequence, position),
+            ):
+                if len(tokens):
+                    place = np.broadcast_to((sample, row), (len(tokens), 2))
+                    bans.append(np.concatenate([place, tokens], axis=1))
             if params.has_penalties:
                 penalties.append((sample, row))
                 strengths.append(
                     (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
                 )
                 num_output = position - sequence.num_prompt_tokens
-                if self._count_owners.get(row) != (_owner(sequence), num_output):
+                if state.num_counted != num_output:
                     new_count_rows.append(row)
                     new_counts.append(_counts_of(sequence, position))
                 # The token that this step chooses is counted as well.
-                self._count_owners[row] = (_owner(sequence), num_output + 1)
+                state.num_counted = num_output + 1
         return HostRules(
             bias=_table(bias, 2),
             new_bias_rows=np.array(new_bias_rows, dtype=np.int64),
             new_bias=np.array(new_bias, dtype=np.float32).reshape(-1, self._vocab_size),
-            bans=_table(bans, 4),
+            bans=np.concatenate(bans),
             penalties=_table(penalties, 2),
             strengths=np.array(strengths, dtype=np.float32).reshape(-1, 3),
             new_count_rows=np.array(new_count_rows, dtype=np.int64),
             new_counts=np.concatenate(new_counts),
         )
+
+    def _ends_of(self, sequence: Sequence, position: int) -> Int64Array:
+        """(token, -1) of the ends that come too early at ``position``."""
+        params = sequence.params
+        if position - sequence.num_prompt_tokens >= params.min_tokens:
+            return _table([], 2)
+        ends = (*sequence.eos_token_ids, *(params.stop_token_ids or ()))
+        # A model's configuration may name ends that it does not have.
+        return _table([(t, _ALWAYS) for t in ends if 0 <= t < self._vocab_size], 2)
 
     # --- on the device -----------------------------------------------------------------------
 
@@ -183,7 +198,7 @@ class LogitRules:
             self._bias.index_copy_(0, rules.new_bias_rows, rules.new_bias)
             logits.index_add_(0, samples, self._bias.index_select(0, rows))
         if len(rules.bans):
-            samples, tokens, rows, required = rules.bans.unbind(1)
+            samples, rows, tokens, required = rules.bans.unbind(1)
             holds = (required == _ALWAYS) | (last_token_ids.index_select(0, rows) == required)
             # Added and not set: of two bans on one token, one may hold and the other not.
             change = torch.zeros_like(holds, dtype=logits.dtype).masked_fill_(holds, -torch.inf)
@@ -194,12 +209,17 @@ class LogitRules:
             self._counts.index_fill_(0, rules.new_count_rows, 0)
             new_rows, new_tokens, values = rules.new_counts.unbind(1)
             self._counts.index_put_((new_rows, new_tokens), values.int(), accumulate=True)
-            penalised = penalise(
-                logits.index_select(0, samples),
-                self._counts.index_select(0, rows),
-                rules.strengths,
-            )
-            logits.index_copy_(0, samples, penalised)
+            counts = self._counts.index_select(0, rows)
+            if self._is_sparse:
+                found, tokens = counts.nonzero(as_tuple=True)
+                places = (samples[found], tokens)
+                entries = penalise(logits[places], counts[found, tokens], rules.strengths[found])
+                logits[places] = entries
+            else:
+                dense = penalise(
+                    logits.index_select(0, samples), counts, rules.strengths[:, None, :]
+                )
+                logits.index_copy_(0, samples, dense)
 
     def count(self, rules: DeviceRules, token_ids: torch.Tensor) -> None:
         """Count the chosen tokens, int64 ``(samples,)``, for the steps that follow."""
@@ -223,17 +243,18 @@ class LogitRules:
 def penalise(logits: torch.Tensor, counts: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     """Logits after repetition, presence and frequency penalties, in this order.
 
-    Neutral strengths change no bit of a row. The repetition penalty is that of transformers'
+    Neutral strengths change no bit. The repetition penalty is that of transformers'
     ``RepetitionPenaltyLogitsProcessor`` (Keskar et al. 2019, section 4.1), prompt included; the
     others are OpenAI's, of the output alone.
 
     Args:
-        logits: float32 ``(rows, vocabulary)``.
+        logits: float32, any shape.
         counts: how often the output has each token, and ``1 << 30`` more if the prompt has it,
-            int32 ``(rows, vocabulary)``.
-        strengths: of repetition, presence and frequency, float32 ``(rows, 3)``.
+            int32, of the same shape.
+        strengths: of repetition, presence and frequency, float32; the last dimension is these
+            three, the others broadcast with ``logits``.
     """
-    repetition, presence, frequency = strengths[:, :, None].unbind(1)
+    repetition, presence, frequency = strengths.unbind(-1)
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(counts != 0, repeated, logits)
     in_output = counts.bitwise_and(_IN_PROMPT - 1)
@@ -269,30 +290,51 @@ def _bad_words(params: SamplingParams) -> list[AbcSequence[int]]:
     return [word for word in params.bad_words or () if not isinstance(word, str)]
 
 
-def bans_of(sequence: Sequence, position: int) -> list[tuple[int, int]]:
-    """Tokens forbidden at ``position``, each with the last token under which it is, or -1.
+class _BadWords:
+    """Bad words of several tokens, arranged so that a step looks at few of them.
 
-    All tokens before ``position`` are known, except perhaps the last.
+    Args:
+        words: token ids of each.
     """
-    params = sequence.params
-    num_output = position - sequence.num_prompt_tokens
-    bans: list[tuple[int, int]] = []
-    if num_output < params.min_tokens:
-        ends = (*sequence.eos_token_ids, *(params.stop_token_ids or ()))
-        bans += [(token_id, _ALWAYS) for token_id in ends]
-    last_is_known = sequence.num_tokens >= position
-    num_known = num_output - (not last_is_known)
-    for word in _bad_words(params):
-        # What must precede the word's last token, and how much of that the host knows.
-        num_before = len(word) - 1
-        if not 1 <= num_before <= num_output:
-            continue
-        *before, last = word
-        num_compared = num_before - (not last_is_known)
-        end = sequence.num_prompt_tokens + num_known
-        if sequence.token_ids[end - num_compared : end] == before[:num_compared]:
-            bans.append((last, _ALWAYS if last_is_known else before[-1]))
-    return bans
+
+    def __init__(self, words: AbcSequence[AbcSequence[int]]) -> None:
+        self._words = [list(word) for word in words if len(word) > 1]
+        self._pairs = _table([(w[1], w[0]) for w in self._words if len(w) == 2], 2)
+        # By the token that comes before the one that the host does not know.
+        self._longer: dict[int, list[list[int]]] = {}
+        for word in self._words:
+            if len(word) > 2:
+                self._longer.setdefault(word[-3], []).append(word)
+
+    def bans(self, sequence: Sequence, position: int) -> list[Int64Array]:
+        """(token, last token) of what may not stand at ``position``, the last token -1 if known.
+
+        All tokens before ``position`` are known, except perhaps the last.
+        """
+        if not self._words or position == sequence.num_prompt_tokens:
+            return []
+        if sequence.num_tokens >= position:
+            found = [(w[-1], _ALWAYS) for w in self._words if _ends_with(sequence, w[:-1])]
+            return [_table(found, 2)]
+        candidates = self._longer.get(sequence.token_ids[-1], ())
+        found = [(w[-1], w[-2]) for w in candidates if _ends_with(sequence, w[:-2])]
+        return [self._pairs, _table(found, 2)]
+
+
+def _ends_with(sequence: Sequence, token_ids: list[int]) -> bool:
+    """Whether the known output ends with these."""
+    enough = sequence.num_output_tokens >= len(token_ids)
+    return enough and sequence.token_ids[-len(token_ids) :] == token_ids
+
+
+class _Row:
+    """What the host remembers of the sequence that a row of the tables belongs to."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.owner = _owner(sequence)
+        self.has_bias = has_bias(sequence.params)
+        self.bad_words = _BadWords(_bad_words(sequence.params))
+        self.num_counted = -1  # output tokens in the row of counts
 
 
 def _counts_of(sequence: Sequence, position: int) -> Int64Array:

@@ -3,6 +3,7 @@
 import collections
 import math
 import random
+import time
 
 import pytest
 import torch
@@ -83,6 +84,9 @@ class Host:
 
     def step(self, sequences: list[Sequence]) -> None:
         """Change random logits, compare, and choose random tokens."""
+        for sequence in sequences:
+            if self.random.random() < 0.3:
+                self.tell(sequence)  # it was left out of the step before
         shares = [ScheduledSequence(s, len(self.truth[s.arrival]) - 1, 1, True) for s in sequences]
         generator = torch.Generator().manual_seed(self.random.randrange(2**31))
         logits = torch.randn(len(shares), VOCABULARY, generator=generator) * 3
@@ -116,7 +120,7 @@ def random_params(rng: random.Random) -> SamplingParams:
 
     words = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 3))] for _ in range(4)]
     # Words that are bound to come close, and one that ends in one way and in another.
-    words += [[1, 2], [2, 2], [1, 2, 3], [2, 3, 1]]
+    words += [[1, 2], [2, 2], [1, 2, 3], [2, 3, 1], [1, 2, 3, 4]]
     return SamplingParams(
         repetition_penalty=some(rng.choice([0.7, 1.3, 2.0]), 1.0),
         presence_penalty=some(rng.choice([-1.5, 0.5]), 0.0),
@@ -135,6 +139,8 @@ def test_logits_are_those_of_the_descriptions_whoever_shares_and_leaves(
 ) -> None:
     rng = random.Random(seed)
     host = Host(device, seed)
+    # As on a GPU, in every other history.
+    host.rules._is_sparse &= seed % 2 == 0
     running: list[Sequence] = []
     stopped: list[Sequence] = []
     for _ in range(60):
@@ -180,13 +186,26 @@ def test_a_bad_word_that_begins_in_the_prompt_is_not_one() -> None:
     assert logits.count_nonzero() == 0
 
 
+def test_all_tokens_at_once_are_penalised_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, VOCABULARY, generator=generator) * 3
+    counts = torch.randint(0, 3, (3, VOCABULARY), generator=generator, dtype=torch.int32)
+    counts[:, ::3] += 1 << 30
+    strengths = torch.tensor([[1.3, 0.5, 0.0], [0.8, 0.0, -1.0], [1.0, 0.0, 0.0]])
+    whole = penalise(logits, counts, strengths[:, None, :])
+    for row in range(3):
+        for token in range(VOCABULARY):
+            alone = penalise(logits[row, token], counts[row, token], strengths[row])
+            assert whole[row, token] == alone
+
+
 def test_repetition_penalty_is_that_of_transformers() -> None:
     tokens = [1, 5, 5, 9]
     logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7)])
     expected = processors(torch.tensor([tokens]), logits.clone())
     counts = torch.bincount(torch.tensor(tokens), minlength=VOCABULARY).int()[None]
-    strengths = torch.tensor([[1.7, 0.0, 0.0]])
+    strengths = torch.tensor([1.7, 0.0, 0.0])
     assert torch.equal(penalise(logits.clone(), counts, strengths), expected)
 
 
@@ -194,8 +213,22 @@ def test_neutral_penalties_change_no_bit() -> None:
     logits = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)) * 10
     logits[0, :3] = torch.tensor([-0.0, -torch.inf, 1e30])
     counts = torch.full((2, 1000), (1 << 30) + 3, dtype=torch.int32)
-    strengths = torch.tensor([[1.0, 0.0, 0.0]]).expand(2, -1)
+    strengths = torch.tensor([1.0, 0.0, 0.0])
     assert torch.equal(penalise(logits.clone(), counts, strengths), logits)
+
+
+def test_many_bad_words_cost_a_step_little() -> None:
+    words = [[5, 6 + i % 5, i % 4] for i in range(500)] + [[1, 2]] * 12
+    host = Host("cpu")
+    sequence = host.add([7], SamplingParams(bad_words=words))
+    share = [ScheduledSequence(sequence, 3, 1, True)]
+    sequence.token_ids = [7, 8, 9]
+    host.rules.read(share)  # arranges them
+    assert len(host.rules.read(share).bans) == 12
+    start = time.perf_counter()
+    for _ in range(200):
+        host.rules.read(share)
+    assert (time.perf_counter() - start) / 200 < 1e-3
 
 
 def test_requests_without_rules_allocate_nothing() -> None:
