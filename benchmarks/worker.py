@@ -112,13 +112,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._end()
         self._replies.close()
         self._log.close()
 
@@ -127,6 +121,16 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _end(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _ask(self, message: Start | list[Request]) -> Reply:
         assert self._process.stdin is not None
@@ -137,6 +141,7 @@ class Worker:
         except BrokenPipeError:
             line = b""
         if not line:
+            self._end()  # its traceback is written after the pipe has closed
             self._log.seek(0)
             tail = self._log.read()[-2000:].decode(errors="replace")
             raise WorkerError(f"The process of {self._engine} has ended. Its last words:\n{tail}")
