@@ -41,7 +41,7 @@ def bystander(server):
         ("completions", {**GOOD, "prompt": {"text": "x"}}, 400, "prompt"),
         ("completions", {**GOOD, "prompt": [10**9]}, 400, ""),
         ("completions", {**GOOD, "tempratur": 1}, 400, "tempratur"),
-        ("completions", {**GOOD, "n": 2}, 400, "not supported yet"),
+        ("completions", {**GOOD, "n": 65}, 400, "n must be"),
         ("completions", {**GOOD, "model": "other"}, 404, "other"),
         ("chat/completions", {"model": NAME, "messages": []}, 400, "messages"),
         ("chat/completions", {"model": NAME, "messages": [{"role": 1}]}, 400, "messages"),
