@@ -54,7 +54,8 @@ class StructuredOutputsParams(
     Attributes:
         json: a JSON schema, as an object or as text; always as text afterwards.
         json_object: True: any JSON object.
-        regex: an expression that matches the whole output, in the syntax of Rust's regex crate.
+        regex: an expression that matches the whole output, in the syntax of Rust's regex crate;
+            ``\\d`` is 0 to 9.
         choice: the output is one of these texts.
         grammar: in GBNF or Lark's syntax; the output is its ``root`` or ``start``.
 
@@ -110,6 +111,10 @@ def _json_schema_text(schema: str | dict[str, Any]) -> str:
     if not isinstance(value, dict):
         raise InvalidRequest("A JSON schema must be a JSON object.", param="structured_outputs")
     return text
+
+
+def _are_token_ids(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int) and value >= 0 for value in values)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +190,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         bad_words = tuple(w if isinstance(w, str) else tuple(w) for w in self.bad_words or ())
         msgspec.structs.force_setattr(self, "bad_words", bad_words)
+        if self.allowed_token_ids is not None:
+            msgspec.structs.force_setattr(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
         def require(ok: bool, param: str, rule: str) -> None:
             if not ok:
@@ -212,20 +219,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         bias = self.logit_bias or {}
         require(
             len(bias) <= MAX_LOGIT_BIAS_TOKENS
-            and all(t >= 0 and -100.0 <= value <= 100.0 for t, value in bias.items()),
+            and _are_token_ids(bias)
+            and all(-100.0 <= value <= 100.0 for value in bias.values()),
             "logit_bias",
             f"at most {MAX_LOGIT_BIAS_TOKENS} token ids with numbers from -100 to 100",
         )
         require(
             self.allowed_token_ids is None
-            or (len(self.allowed_token_ids) > 0 and min(self.allowed_token_ids) >= 0),
+            or (len(self.allowed_token_ids) > 0 and _are_token_ids(self.allowed_token_ids)),
             "allowed_token_ids",
             "a list of at least one token id",
         )
         require(
             # A text may become two lists of token ids.
             sum(1 + isinstance(w, str) for w in bad_words) <= 2 * MAX_BAD_WORDS
-            and all(w and (isinstance(w, str) or min(w) >= 0) for w in bad_words),
+            and all(w and (isinstance(w, str) or _are_token_ids(w)) for w in bad_words),
             "bad_words",
             f"at most {MAX_BAD_WORDS} non-empty texts, or twice as many lists of token ids",
         )
@@ -242,7 +250,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             f"at most {MAX_STOP_STRINGS} non-empty texts",
         )
         require(
-            all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids or ()),
+            _are_token_ids(self.stop_token_ids or ()),
             "stop_token_ids",
             "a list of token ids",
         )

@@ -218,7 +218,7 @@ def test_features_that_do_not_exist_yet_are_refused(api, field, value):
     ("field", "value"),
     [
         ("min_p", 0.1), ("presence_penalty", -0.5), ("frequency_penalty", 2),
-        ("repetition_penalty", 1.3), ("allowed_token_ids", [5, 399]), ("min_tokens", 3),
+        ("repetition_penalty", 1.3), ("allowed_token_ids", (5, 399)), ("min_tokens", 3),
         ("prompt_logprobs", 2), ("include_stop_str_in_output", True),
         ("skip_special_tokens", False),
     ],

@@ -3,6 +3,7 @@
 import pathlib
 import random
 
+import msgspec
 import pytest
 import torch
 from support import tiny_models
@@ -10,7 +11,9 @@ from transformers import LogitsProcessor
 
 from pagetier import LLM, SamplingParams
 from pagetier.handler.errors import InvalidRequest, ModelError
+from pagetier.handler.request import AddRequest, ToEngine
 
+EMBEDDED_MODEL = pathlib.Path(__file__).parent.parent / "model_store" / "pydoc-llama"
 NEW_TOKENS = 16
 STOP = 17
 MODES = ("swap", "recompute", "auto")
@@ -301,6 +304,7 @@ def test_a_step_works_out_no_more_prompt_logprobs_than_it_may(llama, monkeypatch
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0"),
         ({"logit_bias": {3: 101.0}}, "numbers from -100 to 100"),
         ({"logit_bias": {-3: 1.0}}, "token ids with numbers"),
+        ({"allowed_token_ids": ["4"]}, "at least one token id"),
         ({"allowed_token_ids": []}, "at least one token id"),
         ({"bad_words": [""]}, "non-empty texts"),
         ({"bad_words": [[]]}, "non-empty texts"),
@@ -332,6 +336,41 @@ def test_settings_that_do_not_fit_the_model_are_refused(llama, settings, message
     with open_llm(llama) as llm, pytest.raises(InvalidRequest, match=message) as caught:
         llm.generate([3, 4], SamplingParams(**settings), use_tqdm=False)
     assert caught.value.param in settings
+
+
+def test_settings_survive_the_way_to_the_engine_process():
+    params = SamplingParams(
+        min_p=0.1, presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1,
+        logit_bias={3: 1.5, 70_000: -100.0}, allowed_token_ids=range(4), bad_words=[[1, 2], [3]],
+        min_tokens=2, prompt_logprobs=3, include_stop_str_in_output=True,
+        skip_special_tokens=False,
+    )  # fmt: skip
+    request = AddRequest("r", [1], params)
+    message = msgspec.msgpack.encode(request)
+    got = msgspec.msgpack.Decoder(ToEngine).decode(message)
+    assert got.params.logit_bias == params.logit_bias
+    assert list(got.params.allowed_token_ids) == [0, 1, 2, 3]
+    assert got.params.bad_words == ((1, 2), (3,))
+    assert msgspec.msgpack.encode(got) == message
+
+
+def test_words_of_text_are_forbidden_and_shown_as_asked():
+    settings = {"device": "cpu", "swap_space": 0.01, "num_gpu_blocks_override": 64}
+    with LLM(model=str(EMBEDDED_MODEL), **settings) as llm:
+
+        def text(**changes):
+            params = SamplingParams(temperature=0, max_tokens=40, **changes)
+            return llm.generate("Return the", params, use_tqdm=False)[0].outputs[0].text
+
+        plain = text()
+        word = plain.split()[1]
+        assert word not in text(bad_words=[word])
+        assert text(stop=[word]) == plain[: plain.index(word)]
+        assert text(stop=[word], include_stop_str_in_output=True).endswith(word)
+        late = text(stop=[word], min_tokens=30)
+        assert len(late) > len(plain)
+        assert late.startswith(plain[:-1])
+        assert "<|" in text(skip_special_tokens=False, ignore_eos=True)
 
 
 def test_texts_among_bad_words_need_a_tokenizer(llama):
