@@ -310,7 +310,7 @@ def _grammar_of(params: StructuredOutputsParams) -> tuple[str, str]:
         schema["x-guidance"] = _JSON_OPTIONS
         return "JSON schema", f"{_HEADER}start: %json {json.dumps(schema)}"
     if params.regex is not None:
-        return "regex", f"{_HEADER}start: /{regex_to_lark(params.regex, '')}/"
+        return "regex", f"{_HEADER}start: /{regex_to_lark(params.regex, 'd')}/"
     if params.choice is not None:
         return "choice", f"{_HEADER}start: {' | '.join(map(json.dumps, params.choice))}"
     assert params.grammar is not None, params
