@@ -108,7 +108,7 @@ class LogitRules:
         self._is_sparse = device.type == "cpu"
         self._bias = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, _Row] = {}  # the host's; all else is the device's
 
     # --- on the host -------------------------------------------------------------------------
 
@@ -155,6 +155,8 @@ class LogitRules:
                     new_counts.append(_counts_of(sequence, position))
                 # The token that this step chooses is counted as well.
                 state.num_counted = num_output + 1
+        if not bias and not penalties and len(bans) == 1:
+            return None
         return HostRules(
             bias=_table(bias, 2),
             new_bias_rows=np.array(new_bias_rows, dtype=np.int64),

@@ -239,6 +239,16 @@ def test_requests_without_rules_allocate_nothing() -> None:
     assert host.rules._counts.numel() == host.rules._bias.numel() == 0
 
 
+def test_rules_that_no_longer_apply_cost_nothing() -> None:
+    host = Host("cpu")
+    sequence = host.add([7], SamplingParams(min_tokens=2, bad_words=[[1, 2, 3]]))
+    rules = []
+    for position in range(1, 5):
+        rules.append(host.rules.read([ScheduledSequence(sequence, position - 1, 1, True)]))
+        sequence.token_ids.append(8)
+    assert [r is None for r in rules] == [False, False, True, True]
+
+
 def test_tables_grow_with_the_rows_in_use() -> None:
     host = Host("cpu")
     params = SamplingParams(presence_penalty=1.0, logit_bias={1: 1.0})
