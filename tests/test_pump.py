@@ -560,3 +560,49 @@ def test_stop_string_of_one_output_stops_that_output_only(rig):
         ("lazy dog", "length"),
         ("quick ", "stop"),
     ]
+
+
+# --- grammars --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_grammar_that_cannot_be_followed_is_answered_with_a_status(rig, stream):
+    body = {**BODY, "stream": stream, "guided_regex": "("}
+    assert rig.exchange(g=("v1/completions", body)) == {}
+    rig.gain("g", "", finish_reason="error", error="Unclosed group.", error_status=400)
+    reply = rig.exchange("g")["g"]
+    assert (reply.status, reply.last) == (400, None)
+    assert json.loads(reply.body)["error"]["message"] == "Unclosed group."
+    assert rig.pump.num_open == 0
+
+
+def test_request_with_a_grammar_is_opened_when_that_is_accepted(rig):
+    body = {"messages": [{"role": "user", "content": "a"}], "guided_regex": "a+"}
+    replies = rig.exchange(
+        s=("v1/chat/completions", {**body, "stream": True}), w=("v1/chat/completions", body)
+    )
+    assert replies == {}
+    rig.now += 2 * TOUCH_SECONDS
+    assert rig.exchange("s", "w") == {}
+    rig.gain("s", "")
+    rig.gain("w", "")
+    replies = rig.exchange("s", "w")
+    assert [(r.status, r.last) for r in replies.values()] == [(200, False)] * 2
+    assert replies["s"].content_type == "text/event-stream"
+    assert b'"role":"assistant"' in replies["s"].body
+    assert (replies["w"].body, replies["w"].content_type) == (b"", "application/json")
+    # Neither is any nearer to its first token.
+    assert len(rig.pump._waiting) == 2
+    rig.gain("s", "a")
+    assert b'"role"' not in rig.exchange("s", "w")["s"].body
+    rig.gain("w", "a", finish_reason="stop", has_stop_token=False)
+    choice = json.loads(rig.exchange("s", "w")["w"].body)["choices"][0]
+    assert choice["message"]["content"] == "a"
+
+
+def test_notice_of_a_grammar_does_not_open_a_request_with_a_timeout(rig):
+    rig.exchange(a=("v1/completions", {**STREAM, "timeout": 5, "guided_regex": "a"}))
+    rig.gain("a", "")
+    assert rig.exchange("a") == {}
+    rig.now += 6
+    assert rig.exchange("a")["a"].status == 504

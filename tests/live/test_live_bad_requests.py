@@ -42,6 +42,8 @@ def bystander(server):
         ("completions", {**GOOD, "prompt": [10**9]}, 400, ""),
         ("completions", {**GOOD, "tempratur": 1}, 400, "tempratur"),
         ("completions", {**GOOD, "n": 65}, 400, "n must be"),
+        ("completions", {**GOOD, "guided_regex": "("}, 400, "unclosed group"),
+        ("completions", {**GOOD, "guided_json": {"type": 1}, "stream": True}, 400, "type"),
         ("completions", {**GOOD, "model": "other"}, 404, "other"),
         ("chat/completions", {"model": NAME, "messages": []}, 400, "messages"),
         ("chat/completions", {"model": NAME, "messages": [{"role": 1}]}, 400, "messages"),

@@ -1,5 +1,6 @@
 """The real ``openai`` client against a real TorchServe: what it asks, joins, leaves and breaks."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,36 @@ def test_chat_streams_what_it_answers_whole(server):
     ]
     assert deltas[0].role == "assistant"
     assert "".join(delta.content or "" for delta in deltas) == whole.message.content
+
+
+def test_chat_keeps_to_a_json_schema_whole_and_streamed(server):
+    schema = {
+        "type": "object",
+        "properties": {
+            "answer": {"type": "string", "maxLength": 8},
+            "is_sure": {"type": "boolean"},
+        },
+        "required": ["answer", "is_sure"],
+        "additionalProperties": False,
+    }
+    options = {
+        "model": NAME,
+        "messages": MESSAGES,
+        "temperature": 0,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "strict": True, "schema": schema},
+        },
+    }
+    create = server.client.chat.completions.create
+    choice = create(**options).choices[0]
+    answer = json.loads(choice.message.content)
+    assert choice.finish_reason == "stop"
+    assert list(answer) == ["answer", "is_sure"]
+    assert len(answer["answer"]) <= 8
+    chunks = list(create(**options, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == choice.message.content
 
 
 def test_logprobs_are_of_the_generated_tokens(server):
