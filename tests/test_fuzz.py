@@ -1,4 +1,4 @@
-"""Random and mutated requests: no 5xx, no hang, and not a character's change for a neighbour.
+"""Random and mutated requests: no 5xx, no hang, and not a character's change for their neighbours.
 
 Everything runs in this process: real ``ts`` code with a fake frontend, the pump, and a fake engine
 that makes one token a step. PAGETIER_FUZZ_REQUESTS says how many requests there are.
@@ -9,13 +9,18 @@ import os
 from collections import Counter
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from support.fake_core import FakeCore
+from support import tiny_models
+from support.fake_core import VOCAB_SIZE, FakeCore
 from support.frontend import Frontend
 from support.tokenizers import byte_level_tokenizer
 
+from pagetier.handler import pump
 from pagetier.handler.config import EngineConfig
+from pagetier.handler.engine_builder import build_engine
+from pagetier.handler.errors import EngineError
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.openai_schemas import (
     HARMLESS,
@@ -27,7 +32,7 @@ from pagetier.handler.openai_schemas import (
     TokenizeBody,
 )
 from pagetier.handler.pump import Inbox, Pump
-from pagetier.handler.request import StatsReply
+from pagetier.handler.request import RequestOutput, StatsReply
 from pagetier.handler.service import PagetierHandler
 from pagetier.handler.tokenizer import Tokenizer
 
@@ -35,22 +40,34 @@ NUM_REQUESTS = int(os.environ.get("PAGETIER_FUZZ_REQUESTS", "2000"))
 REQUESTS_PER_EXAMPLE = 10
 # So short that a request can hardly take longer than its neighbour.
 MAX_MODEL_LEN = 40
-MAX_CALLS = 400
-NEIGHBOUR = {"prompt": "the quick brown", "max_tokens": 30, "stream": True}
+MAX_CALLS = 2000
+NEIGHBOURS = [
+    {"prompt": prompt, "max_tokens": 30, "temperature": 0, "ignore_eos": True, "stream": True}
+    for prompt in ("the quick brown", "jumps", "日本")
+]
 
 
 class Engine:
-    """A ``FakeCore`` that makes its steps when it is told to, in this thread."""
+    """A core that makes its steps when it is told to, in this thread."""
 
-    def __init__(self, inbox):
-        config = EngineConfig.create({"model": "none", "max_model_len": MAX_MODEL_LEN})
-        self.core = FakeCore(config, step_seconds=0.0)
+    def __init__(self, core, inbox):
+        self.core = core
         self.inbox = inbox
 
     def add(self, request):
         # As it would come out at the other end of the engine's socket.
         data = msgspec.msgpack.encode(request)
-        self.core.add_request(msgspec.msgpack.decode(data, type=type(request)))
+        try:
+            self.core.add_request(msgspec.msgpack.decode(data, type=type(request)))
+        except EngineError as exc:
+            refusal = RequestOutput(
+                request.request_id,
+                [],
+                finish_reason="error",
+                error=exc.message,
+                error_status=exc.status,
+            )
+            self.inbox.put([refusal])
 
     def abort(self, request_ids, outputs=()):
         self.core.abort(list(request_ids), outputs)
@@ -67,10 +84,11 @@ class Engine:
 class Server:
     """A worker without processes."""
 
-    def __init__(self):
+    def __init__(self, core):
         handler = PagetierHandler()
         inbox = Inbox()
-        self.engine = Engine(inbox)
+        self.engine = Engine(core, inbox)
+        self.statuses: Counter[int] = Counter()
         api = OpenAIApi(
             Tokenizer(byte_level_tokenizer()),
             model_name="tiny",
@@ -89,6 +107,14 @@ class Server:
             self.frontend.call()
         unanswered = [c.message for c in clients if c.in_flight]
         raise AssertionError(f"not answered after {MAX_CALLS} calls: {unanswered}")
+
+    def settle(self):
+        """Collect what the engine has launched."""
+        for _ in range(MAX_CALLS):
+            if not self.engine.core.has_work():
+                return
+            self.engine.step()
+        raise AssertionError("a request is still in the engine")
 
 
 # --- requests --------------------------------------------------------------------------------
@@ -223,19 +249,9 @@ def _requests(draw):
 
 # --- what must hold --------------------------------------------------------------------------
 
-_server = Server()
-_statuses: Counter[int] = Counter()
-
-
-def _alone():
-    client = _server.frontend.send("v1/completions", NEIGHBOUR)
-    _server.finish([client])
-    return client.text
-
 
 def check_answer(request, client):
     route, body = request[0], request[1]
-    _statuses[client.status] += 1
     # Only what a client asked for itself: its own timeout.
     assert client.status < 500 or client.status == 504, (route, body, client.body)
     if client.status != 200:
@@ -252,36 +268,74 @@ def check_answer(request, client):
         assert client.json.get("error", {}).get("type") != "server_error", (route, body)
 
 
-@settings(
-    max_examples=NUM_REQUESTS // REQUESTS_PER_EXAMPLE,
-    deadline=None,
-    # Not to make a failing example smaller: each of them takes long.
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-@given(st.lists(_requests(), min_size=REQUESTS_PER_EXAMPLE, max_size=REQUESTS_PER_EXAMPLE))
-def _fuzz(alone, requests):
-    frontend = _server.frontend
-    neighbour = frontend.send("v1/completions", NEIGHBOUR)
-    _server.engine.step()
-    frontend.call()
-    clients = [frontend.send(*request) for request in requests]
-    _server.finish([neighbour, *clients])
-    for request, client in zip(requests, clients, strict=True):
-        check_answer(request, client)
-    assert neighbour.status == 200
-    assert neighbour.text == alone
-    assert _server.pump.num_open == 0
-    assert not _server.engine.core.has_work(), "a request is still in the engine"
+def fuzz(server, num_requests):
+    """Send random requests in batches, with the neighbours beside each batch."""
+    texts = []
+    for body in NEIGHBOURS:
+        alone = server.frontend.send("v1/completions", body)
+        server.finish([alone])
+        assert len(alone.text) > 20
+        texts.append(alone.text)
+
+    @settings(
+        max_examples=num_requests // REQUESTS_PER_EXAMPLE,
+        deadline=None,
+        # Not to make a failing example smaller: each of them takes long.
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(_requests(), min_size=REQUESTS_PER_EXAMPLE, max_size=REQUESTS_PER_EXAMPLE))
+    def send(requests):
+        neighbours = [server.frontend.send("v1/completions", body) for body in NEIGHBOURS]
+        server.engine.step()
+        server.frontend.call()
+        clients = [server.frontend.send(*request) for request in requests]
+        server.finish([*neighbours, *clients])
+        for request, client in zip(requests, clients, strict=True):
+            check_answer(request, client)
+            server.statuses[client.status] += 1
+        assert [n.text for n in neighbours] == texts
+        assert server.pump.num_open == 0
+        server.settle()
+
+    send()
+    # The requests reach every part, and not only the refusals.
+    assert server.statuses[200] > num_requests // 10
+    assert server.statuses[400] > num_requests // 10
+    assert server.statuses[404] > 0
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    """The engine makes its steps in this thread, so there is nothing to wait for."""
+    monkeypatch.setattr(pump, "WAIT_SECONDS", 0.0)
 
 
 def test_random_requests_are_answered_and_disturb_nobody(capsys):
-    alone = _alone()
-    assert len(alone) > 20
-    _fuzz(alone)
+    config = EngineConfig.create({"model": "none", "max_model_len": MAX_MODEL_LEN})
+    server = Server(FakeCore(config, step_seconds=0.0))
+    fuzz(server, NUM_REQUESTS)
     with capsys.disabled():
-        print(f" {sum(_statuses.values())} requests: {dict(sorted(_statuses.items()))}", end=" ")
-    # The requests reach every part, and not only the refusals.
-    assert _statuses[200] > NUM_REQUESTS // 10
-    assert _statuses[400] > NUM_REQUESTS // 10
-    assert _statuses[404] > 0
+        print(f" {server.statuses.total()} requests: {dict(sorted(server.statuses.items()))}")
+
+
+def test_random_requests_to_a_real_engine_break_nothing(tmp_path, capsys):
+    """Few blocks, so that requests are swapped and computed again, too."""
+    tiny_models.save("llama", tmp_path, vocab_size=VOCAB_SIZE, eos_token_id=0)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    settings = {
+        "model": str(tmp_path), "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 16,
+        "max_num_batched_tokens": 64, "block_size": 4, "num_gpu_blocks_override": 12,
+        "swap_space": 0.0005, "device": "cpu", "dtype": "float32",
+    }  # fmt: skip
+    core = build_engine(EngineConfig.create(settings))
+    try:
+        server = Server(core)
+        fuzz(server, NUM_REQUESTS // 20)
+        stats = core.stats()
+    finally:
+        core.close()
+    assert stats["num_gpu_blocks_free"] == stats["num_gpu_blocks"]
+    assert stats["num_preemptions"] > 0
+    with capsys.disabled():
+        print(f" {server.statuses.total()} requests: {dict(sorted(server.statuses.items()))}")
