@@ -124,4 +124,5 @@ class BeamSearch:
             return True
         if self._early_stopping == "never" and self._length_penalty > 0.0:
             length = self._max_tokens
-        return best_score / length**self._length_penalty <= self._hypotheses[-1].score
+        best_possible: float = best_score / length**self._length_penalty
+        return best_possible <= self._hypotheses[-1].score

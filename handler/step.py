@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from pagetier.handler.request import Sequence, TokenLogprobs
 
-
 # Positions of prompts, at most, for which a step works out log-probabilities: each needs a row of
 # logits, and the memory for them is set aside.
 MAX_PROMPT_LOGPROBS_PER_STEP = 256
