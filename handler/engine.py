@@ -73,6 +73,11 @@ class EngineCore:
             constraint = self._grammars.constrain(params)
         self.scheduler.add(request, constraint)
 
+    def prepare_grammars(self) -> None:
+        """Make now what the first grammar needs, which takes a second with a large vocabulary."""
+        if self._grammars is not None:
+            self._grammars.prepare()
+
     def check_grammar(self, request: AddRequest) -> None:
         """Wait until a request's grammar, if it has one, is compiled.
 

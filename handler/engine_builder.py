@@ -124,6 +124,15 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     )
 
 
+def build_serving_engine(
+    config: EngineConfig, progress: Callable[[str], None] | None = None
+) -> EngineCore:
+    """``build_engine``, and do at start what would hold up running requests later."""
+    core = build_engine(config, progress)
+    core.prepare_grammars()
+    return core
+
+
 def _size_tiers(config: EngineConfig, model: LoadedModel, layout: KVLayout) -> _Sizes:
     """How many blocks the GPU tier has, and how long a sequence may be in them.
 

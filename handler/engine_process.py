@@ -39,7 +39,7 @@ from pagetier.handler.request import (
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BUILDER = "pagetier.handler.engine_builder:build_engine"
+DEFAULT_BUILDER = "pagetier.handler.engine_builder:build_serving_engine"
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag=True):

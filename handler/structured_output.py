@@ -82,7 +82,8 @@ class Grammars:
     """Compiles grammars for one model and computes their masks.
 
     Args:
-        load_tokenizer: reads the model's tokenizer; called once, when the first grammar comes.
+        load_tokenizer: reads the model's tokenizer; called once, by ``prepare`` or when the first
+            grammar comes.
         vocab_size: a mask has a bit for each token id below it.
         eos_token_ids: the model's; where it has none, the tokenizer's is taken.
     """
@@ -111,6 +112,16 @@ class Grammars:
         self._changed = threading.Condition()
         self._num_done = 0
         self._num_seen = 0
+
+    def prepare(self) -> None:
+        """Read the tokenizer now, and not when the first grammar comes.
+
+        Without one that serves, grammars are refused when they come.
+        """
+        try:
+            self._model_tokenizer()
+        except EngineError as exc:
+            logger.info("no structured output: %s", exc.message)
 
     def constrain(self, params: StructuredOutputsParams) -> "Constraint":
         """A constraint for a new sequence; returns at once, before the grammar is compiled."""

@@ -348,6 +348,35 @@ def test_wait_ends_when_something_has_been_worked_out():
     grammars.close()
 
 
+def test_tokenizer_is_read_once_and_early_if_wanted():
+    loads = []
+
+    def load() -> Tokenizer:
+        loads.append(1)
+        return Tokenizer(byte_level_tokenizer())
+
+    grammars = Grammars(load, vocab_size=VOCABULARY, eos_token_ids=(0,))
+    grammars.prepare()
+    assert loads == [1]
+    grammars.check(StructuredOutputsParams(regex="a"))
+    grammars.check(StructuredOutputsParams(regex="b"))
+    assert loads == [1]
+    grammars.close()
+
+
+def test_model_without_end_of_sequence_is_prepared_and_refuses_grammars():
+    class Endless(Tokenizer):
+        def __init__(self):
+            super().__init__(byte_level_tokenizer())
+            self.eos_token_id = None
+
+    grammars = Grammars(Endless, vocab_size=VOCABULARY, eos_token_ids=())
+    grammars.prepare()
+    with pytest.raises(InvalidRequest, match="no end-of-sequence token"):
+        grammars.check(StructuredOutputsParams(regex="a"))
+    grammars.close()
+
+
 def test_broken_tokenizer_fails_the_request_alone():
     def load() -> Tokenizer:
         raise ValueError("no such file: /secret/place")
