@@ -118,10 +118,9 @@ class Grammars:
 
         Without one that serves, grammars are refused when they come.
         """
-        try:
-            self._model_tokenizer()
-        except EngineError as exc:
-            logger.info("no structured output: %s", exc.message)
+        error = self._submit(self._compilers, self._model_tokenizer).exception()
+        if error is not None:
+            logger.warning("Structured output will be refused: %s", error)
 
     def constrain(self, params: StructuredOutputsParams) -> "Constraint":
         """A constraint for a new sequence; returns at once, before the grammar is compiled."""

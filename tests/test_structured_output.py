@@ -382,6 +382,7 @@ def test_broken_tokenizer_fails_the_request_alone():
         raise ValueError("no such file: /secret/place")
 
     grammars = Grammars(load, vocab_size=VOCABULARY, eos_token_ids=(0,))
+    grammars.prepare()
     with pytest.raises(EngineError) as caught:
         grammars.check(StructuredOutputsParams(regex="a"))
     assert "secret" not in caught.value.message
