@@ -7,7 +7,9 @@ import time
 import httpx
 import openai
 import pytest
-from support.live import NAME, complete, wait_for
+from support.live import NAME, complete, live_server, wait_for
+
+from pagetier.handler.errors import LaunchError
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 
@@ -135,3 +137,16 @@ def test_odd_bytes_are_answered_and_disturb_nobody(server):
     assert statuses <= {200, 400, 404}
     assert 400 in statuses
     assert "".join(c.choices[0].text for c in stream if c.choices) == alone
+
+
+def test_archive_that_names_files_elsewhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAGETIER_MODEL_PATHS", str(tmp_path / "models"))
+    with (
+        pytest.raises(LaunchError, match=r"'model' names .* none of the folders"),
+        live_server(tmp_path),
+    ):
+        pass
+
+
+def test_body_that_is_too_large_is_refused_by_the_frontend(server):
+    assert server.post("completions", b'{"prompt": "' + b"x" * 2**24).status_code == 413
