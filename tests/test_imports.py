@@ -98,7 +98,12 @@ def test_only_the_service_and_the_launcher_know_torchserve():
 
 
 def test_public_names():
-    assert pagetier.__all__ == ["LLM", "SamplingParams", "__version__"]
+    assert pagetier.__all__ == [
+        "LLM",
+        "SamplingParams",
+        "StructuredOutputsParams",
+        "__version__",
+    ]
     for name in pagetier.__all__:
         assert getattr(pagetier, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Llm'"):

@@ -18,7 +18,7 @@ from support import tiny_models
 from support.fake_engine import FakeEngine, expected_tokens
 from support.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
-from pagetier import LLM, SamplingParams
+from pagetier import LLM, SamplingParams, StructuredOutputsParams
 from pagetier.handler.errors import EngineError, InvalidRequest
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.request import (
@@ -26,7 +26,6 @@ from pagetier.handler.request import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_REGEX_CHARACTERS,
     AddRequest,
-    StructuredOutputsParams,
 )
 from pagetier.handler.sampler import allow_tokens
 from pagetier.handler.structured_output import Grammars

@@ -1,7 +1,8 @@
 """pagetier: language models on TorchServe with a two-tier paged KV cache.
 
-The public face is ``LLM`` (offline generation), ``SamplingParams`` and ``__version__``. Both
-names are loaded on first use, so that importing one part of the package does not import torch.
+The public face is ``LLM`` (offline generation), ``SamplingParams``, ``StructuredOutputsParams`` and
+``__version__``. Classes are loaded on first use, so that importing one part of the package does not
+import torch.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagetier.handler.llm import LLM
-    from pagetier.handler.request import SamplingParams
+    from pagetier.handler.request import SamplingParams, StructuredOutputsParams
 
 try:
     __version__ = version("pagetier")
 except PackageNotFoundError:  # a bare working tree on sys.path, not installed
     __version__ = "0+unknown"
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,8 +25,8 @@ def __getattr__(name: str) -> Any:
         from pagetier.handler.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from pagetier.handler.request import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputsParams"):
+        from pagetier.handler import request
 
-        return SamplingParams
+        return getattr(request, name)
     raise AttributeError(f"module 'pagetier' has no attribute {name!r}")
