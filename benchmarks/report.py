@@ -18,14 +18,12 @@ _MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(document: str, results: pathlib.Path = record.RESULTS) -> str:
-    """``document`` with the table of every mark made anew from ``results``.
-
-    Raises:
-        FileNotFoundError: a mark names a result that does not exist.
-    """
+    """``document`` with every mark's table made anew; what was not measured stays as it is."""
 
     def replace(match: re.Match[str]) -> str:
         path = results / f"{match[2]}.json"
+        if not path.exists():
+            return match[0]
         return f"{match[1]}{_section(json.loads(path.read_text()))}\n{match[3]}"
 
     return _MARK.sub(replace, document)

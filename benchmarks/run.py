@@ -459,8 +459,8 @@ WORKLOADS: dict[str, Callable[[Bench], list[Row]]] = {
     "pressure": pressure,
     "overhead": overhead,
     "serve": serve,
-    "streams": streams,
     "seed-latency": seed_latency,
+    "streams": streams,
     "shared-prefix": shared_prefix,
     "multi-turn": multi_turn,
     "block-size": block_size,
@@ -508,12 +508,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 # What --quick changes for one workload beside the number of rounds.
 _QUICK: dict[str, dict[str, Any]] = {
-    "pressure": {"shares": [0.25]},
-    "serve": {"arrivals": [0.8]},
-    "shared-prefix": {"num_requests": 16, "rounds": 1},
-    "multi-turn": {"num_requests": 16, "rounds": 1},
-    "block-size": {"num_requests": 16, "rounds": 1},
+    "throughput": {"rounds": 1},
+    "pressure": {"shares": [0.25], "num_requests": 16, "longest": 128},
+    "serve": {"arrivals": [0.8], "rounds": 1},
     "seed-latency": {"rounds": 3},
+    "shared-prefix": {"num_requests": 16, "longest": 128, "rounds": 1},
+    "multi-turn": {"num_requests": 16, "rounds": 1},
+    "block-size": {"num_requests": 16, "longest": 128, "rounds": 1},
+    "memory": {"num_requests": 16, "longest": 128},
 }
 
 
