@@ -198,5 +198,5 @@ def _pieces(lines: list[str]) -> Iterator[str]:
 
 
 def _write_to_stdout(piece: str) -> None:
-    sys.stdout.flush()
+    # Not through the stream: its buffer may hold a part of somebody's line, which stays there.
     os.write(sys.stdout.fileno(), piece.encode())

@@ -6,6 +6,7 @@ are kept by ``pump``, the shapes of bodies by ``openai_api``.
 """
 
 import atexit
+import fcntl
 import logging
 import os
 import select
@@ -16,12 +17,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
-from pagetier.handler.errors import ConfigError, EngineError
+from pagetier.handler.errors import ConfigError, EngineError, LaunchError
 from pagetier.handler.metrics import Histogram
 from pagetier.handler.metrics_export import MetricsExporter, start_exporting
 from pagetier.handler.openai_api import OpenAIApi
@@ -36,6 +37,10 @@ logger = logging.getLogger(__name__)
 # replies take to leave.
 _TELL_SECONDS = 0.8
 _FLUSH_SECONDS = 0.1
+# Held by the worker of a model, in its archive's folder; how long one that was killed may still
+# hold it.
+_PLACE_NAME = ".worker"
+_PLACE_SECONDS = 5.0
 # How long after its connections a dying frontend may still be seen.
 _PARENT_SECONDS = 0.5
 # Where archives may name files outside themselves; the operator's, since archives come from others.
@@ -55,6 +60,7 @@ class PagetierHandler:
         self._pump: Pump | None = None
         self._engine: EngineClient | None = None
         self._inbox = Inbox()
+        self._place: TextIO | None = None
         self._log = RequestLog()
 
     def initialize(self, context: Any) -> None:
@@ -70,11 +76,13 @@ class PagetierHandler:
             self._start(context)
         except EngineError as exc:
             logger.error("pagetier cannot start: %s", exc.message)
+            self.close()
             # TorchServe would log any other exception with a stack of its own frames.
             sys.exit(1)
 
     def _start(self, context: Any) -> None:
         model_dir = context.system_properties["model_dir"]
+        self._place = _take_place(Path(model_dir))
         config = read_config(context.model_yaml_config, model_dir)
         check_paths(config, model_dir, os.environ.get(MODEL_PATHS_VARIABLE))
         if Path(config.model, "config.json").is_file():
@@ -144,6 +152,8 @@ class PagetierHandler:
         """End the engine process."""
         if self._engine is not None:
             self._engine.close()
+        if self._place is not None:
+            self._place.close()
 
     def _take_outputs(self, outputs: list[RequestOutput]) -> None:
         self._log.take(outputs)
@@ -261,6 +271,32 @@ def _apply(replies: list[Reply], ids: list[str], data: list[dict[str, Any]], con
         context.set_response_content_type(position, reply.content_type)
         for name, value in reply.headers.items():
             context.set_response_header(position, name, value)
+
+
+def _take_place(model_dir: Path) -> TextIO:
+    """Make this the only worker of its model, for as long as the returned file is open.
+
+    With two of them TorchServe 0.12 lets the idle one wait for requests under a lock that the busy
+    one needs to go on, so that streams stand still. It keeps starting the second one, but the log
+    then says why nothing comes of it.
+
+    Raises:
+        LaunchError: there is another one.
+    """
+    place = (model_dir / _PLACE_NAME).open("w")
+    deadline = time.monotonic() + _PLACE_SECONDS
+    while True:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return place
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                place.close()
+                raise LaunchError(
+                    "Another worker of this model runs already, and one serves all of its "
+                    "requests; scale the model back with min_worker=1&max_worker=1."
+                ) from None
+            time.sleep(0.1)
 
 
 def _watch_parent() -> None:

@@ -200,7 +200,8 @@ frontend = Frontend(handler, {"model": "model"}, sys.argv[1])
 handler.initialize(frontend.service.context)
 client = frontend.send("v1/completions", {"prompt": "a", "max_tokens": 4000, "stream": True})
 frontend.call()
-print("pids", __import__("os").getpid(), handler._engine.pid, flush=True)
+# In one piece: metrics are written beside it.
+__import__("os").write(1, f"pids {__import__('os').getpid()} {handler._engine.pid}\\n".encode())
 while True:
     frontend.call()
 """
@@ -212,7 +213,10 @@ subprocess.run([sys.executable, "-c", *sys.argv[1:]])
 
 
 def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_until_gone(pids, seconds):
@@ -251,6 +255,20 @@ def test_engine_that_cannot_start_ends_the_worker_with_one_line(model_dir, monke
         "pagetier cannot start: The model 'nowhere' cannot be read: no config.json."
     )
     assert record.exc_info is None
+
+
+def test_second_worker_of_a_model_says_why_it_does_not_start(
+    frontend, model_dir, monkeypatch, caplog
+):
+    monkeypatch.setattr(service, "_PLACE_SECONDS", 0.0)
+    second = FakeEngineHandler()
+    context = Frontend(second, {"model": "model"}, str(model_dir)).service.context
+    with pytest.raises(SystemExit):
+        second.initialize(context)
+    assert "Another worker of this model runs already" in caplog.text
+    frontend.handler.close()
+    second.initialize(context)
+    second.close()
 
 
 # --- configuration ---------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""What operators do with a running server: watch it, scale it, register models beside it."""
+
+import json
+import re
+import time
+
+import httpx
+import pytest
+import yaml
+from support.live import (
+    MODEL_FOLDER,
+    NAME,
+    READY_TIMEOUT_S,
+    SETTINGS,
+    LiveServer,
+    complete,
+    wait_for,
+)
+from support.ports import free_ports
+
+from pagetier.handler.archive import create_archive
+from pagetier.handler.cli import main
+from pagetier.handler.torchserve import DEFAULT_CONFIG, METRICS_CONFIG, TorchServe
+
+pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
+
+SAMPLE = re.compile(r"^(?P<name>pagetier_\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$", re.MULTILINE)
+
+
+def scrape(url):
+    """Values of our metrics, by name and labels beside model and host."""
+    samples = {}
+    for found in SAMPLE.finditer(httpx.get(f"{url}/metrics").raise_for_status().text):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', found["labels"]))
+        assert labels.pop("Hostname")
+        if labels.pop("model_name") == NAME:
+            samples[found["name"], *labels.values()] = float(found["value"])
+    return samples
+
+
+def test_metrics_port_shows_every_metric_and_what_was_done(server):
+    before = server.stats()
+    complete(server.client, "Return the", max_tokens=20)
+    stop = complete(server.client, "Read up to", max_tokens=8).choices[0].text[2:5]
+    complete(server.client, "Read up to", max_tokens=8, stop=[stop])
+    stream = complete(server.client, "Return the", max_tokens=400, stream=True)
+    next(stream)
+    stream.close()
+    wait_for(lambda: server.stats()["num_requests_running"] == 0, 2.0, "it was not aborted")
+    after = server.stats()
+    url = server.server.metrics_url
+
+    def is_told():
+        return scrape(url)["pagetier_generation_tokens_total",] >= after["generation_tokens"]
+
+    wait_for(is_told, 10.0, "the metrics port does not tell it")
+    samples = scrape(url)
+    declared = {
+        metric["name"]
+        for metrics in yaml.safe_load(METRICS_CONFIG.read_text())["model_metrics"].values()
+        for metric in metrics
+    }
+    assert {name for name, *_ in samples} == declared
+    assert samples["pagetier_num_gpu_blocks",] == SETTINGS["num_gpu_blocks_override"]
+    assert samples["pagetier_num_requests_running",] == 0
+    ended = {how: after["request_success"][how] - before["request_success"][how] for how in
+             ("length", "stop", "abort", "error")}  # fmt: skip
+    assert ended == {"length": 2, "stop": 1, "abort": 1, "error": 0}
+    for how in ended:
+        assert samples["pagetier_request_success_total", how] >= ended[how]
+    for name in (
+        "time_to_first_token",
+        "inter_token_latency",
+        "e2e_request_latency",
+        "request_queue_time",
+    ):
+        buckets = [v for key, v in samples.items() if key[0] == f"pagetier_{name}_seconds_bucket"]
+        count = samples[f"pagetier_{name}_seconds_count",]
+        assert samples[f"pagetier_{name}_seconds_bucket", "+Inf"] == max(buckets) == count > 0
+        assert 0 <= samples[f"pagetier_{name}_seconds_sum",] < 60 * count
+    assert abs(time.time() - samples["pagetier_updated_timestamp_seconds",]) < 30
+
+
+def test_each_request_is_logged_without_its_text(server):
+    complete(server.client, "A secret prompt", max_tokens=7)
+    log = server.server.log_path
+
+    def lines():
+        return [line for line in log.read_text().splitlines() if " output_tokens=7 " in line]
+
+    wait_for(lambda: bool(lines()), 5.0, "it was not logged")
+    assert re.search(
+        r"request=\S+ prompt_tokens=\d+ cached_tokens=\d+ output_tokens=7 queue_s=\d+\.\d{3} "
+        r"first_token_s=\d+\.\d{3} total_s=\d+\.\d{3} preemptions=0 finish=length$",
+        lines()[-1],
+    )
+    assert "secret" not in log.read_text()
+
+
+def test_top_and_chat_talk_with_the_server(server, capsys):
+    arguments = [server.base_url, "--key", server.server.inference_key]
+    assert main(["top", *arguments, "--interval", "0.1"]) == 0
+    assert "tokens generated" in capsys.readouterr().out
+    assert main(["chat", *arguments, "--max-tokens", "8", "--temperature", "0", "-m", "Hi"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+class Management:
+    """The management API of a server of one's own."""
+
+    def __init__(self, server):
+        self.url = f"{server.management_url}/models"
+        self._headers = {"Authorization": f"Bearer {server._management_key}"}
+
+    def __call__(self, method, path="", **parameters):
+        """The decoded answer."""
+        answer = httpx.request(
+            method,
+            f"{self.url}{path}",
+            params={"synchronous": "true", **parameters} if method != "GET" else parameters,
+            headers=self._headers,
+            timeout=READY_TIMEOUT_S,
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+def test_model_is_described_scaled_and_another_comes_and_goes(tmp_path):
+    config = tmp_path / "config.properties"
+    safe = DEFAULT_CONFIG.read_text()
+    config.write_text(safe.replace("enable_model_api=false", "enable_model_api=true"))
+    first = create_archive(str(MODEL_FOLDER), tmp_path / f"{NAME}.mar", settings=SETTINGS)
+    second = create_archive(str(MODEL_FOLDER), tmp_path / "second.mar", settings=SETTINGS)
+    with TorchServe(
+        [first], port=free_ports(), log_dir=tmp_path / "logs", ts_config=config
+    ) as server:
+        server.wait_ready(READY_TIMEOUT_S)
+        live = LiveServer(server)
+        manage = Management(server)
+        text = complete(live.client, "Return the", max_tokens=8).choices[0].text
+
+        [described] = manage("GET", f"/{NAME}", customized="true")
+        told = described["customizedMetadata"]
+        assert told["model"] == NAME
+        assert told["max_model_len"] == 1024
+
+        manage("PUT", f"/{NAME}", min_worker=0, max_worker=0)
+        body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1})
+        assert live.post("completions", body).status_code == 503
+        manage("PUT", f"/{NAME}", min_worker=1, max_worker=1)
+        assert complete(live.client, "Return the", max_tokens=8).choices[0].text == text
+
+        manage("POST", url=second.as_uri(), initial_workers=1)
+        other = httpx.post(
+            f"{server.inference_url}/predictions/second/1.0/v1/completions",
+            json={"prompt": "Return the", "max_tokens": 8, "temperature": 0, "ignore_eos": True},
+            headers=live.headers,
+            timeout=30,
+        )
+        assert other.json()["choices"][0]["text"] == text
+        stream = complete(live.client, "Return the", max_tokens=100, stream=True)
+        pieces = [next(stream).choices[0].text]
+        manage("DELETE", "/second")
+        pieces += [chunk.choices[0].text for chunk in stream if chunk.choices]
+        assert "".join(pieces).startswith(text)
+        assert [model["modelName"] for model in manage("GET")["models"]] == [NAME]
