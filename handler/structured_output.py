@@ -52,6 +52,8 @@ _HEADER = '%llguidance {"no_forcing": true}\n'
 # Any more space between two parts of JSON is a model that has lost its way, and never comes back.
 _JSON_OPTIONS: dict[str, str] = {"whitespace_pattern": r"[ \t\n\r]{1,40}"}
 _MAX_REASON_CHARACTERS = 200
+# Translating GBNF takes the square of these at worst.
+_MAX_GBNF_RULES = 1000
 _PLACE = re.compile(r"^(at )?\d+\(\d+\): ")
 
 
@@ -326,8 +328,12 @@ def _grammar_of(params: StructuredOutputsParams) -> tuple[str, str]:
     assert params.grammar is not None, params
     if "%llguidance" in params.grammar:
         raise InvalidRequest("The grammar may not set %llguidance options; leave them out.")
+    # Looking for the beginning of a grammar takes the square of the blank lines there.
+    text = "\n".join(line for line in params.grammar.split("\n") if line.strip())
+    if text.count("::=") > _MAX_GBNF_RULES:
+        raise InvalidRequest(f"The grammar has more than {_MAX_GBNF_RULES} rules; make it simpler.")
     try:
-        return "grammar", _HEADER + any_to_lark(params.grammar)
+        return "grammar", _HEADER + any_to_lark(text).removeprefix("%llguidance {}")
     except Exception as exc:
         raise InvalidRequest(f"The grammar cannot be followed: {_reason(str(exc))}.") from exc
 

@@ -248,6 +248,8 @@ HOSTILE = {
     "long lark": {"grammar": "start: " + " | ".join(f'"{i}" start' for i in range(3000))},
     "lark product": {"grammar": 'start: ((("a" "b"){1000}){1000}){1000}'},
     "endless": {"grammar": 'start: a*\na: b*\nb: ""'},
+    "blank lines": {"grammar": 'root ::= "a"\n' + "\n" * 65000},
+    "chain": {"grammar": "root ::= r0\n" + "".join(f"r{i}::=r{i + 1}\n" for i in range(4000))},
     "nested": {"json": NESTED},
     "many": {"json": {"properties": {f"p{i}": {"type": "string"} for i in range(1000)}}},
     "multiple": {"json": {"type": "integer", "multipleOf": 999983, "minimum": 1}},
