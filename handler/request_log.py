@@ -47,7 +47,7 @@ class _Record:
     arrived_at: float
     num_going: int  # outputs that have not ended
     first_token_at: float | None = None
-    last_token_at: float = 0.0
+    last_token_at: dict[int, float] = dataclasses.field(default_factory=dict)  # by output
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
@@ -123,9 +123,10 @@ class RequestLog:
             record.queue_seconds = output.queue_seconds
             self._histograms["time_to_first_token_seconds"].observe(now - record.arrived_at)
             self._histograms["request_queue_time_seconds"].observe(output.queue_seconds)
-        else:
-            self._histograms["inter_token_latency_seconds"].observe(now - record.last_token_at)
-        record.last_token_at = now
+        last_token_at = record.last_token_at.get(output.index)
+        if last_token_at is not None:
+            self._histograms["inter_token_latency_seconds"].observe(now - last_token_at)
+        record.last_token_at[output.index] = now
         record.num_output_tokens += len(output.new_token_ids)
         record.num_cached_tokens = output.num_cached_tokens
         record.num_preemptions = output.num_preemptions

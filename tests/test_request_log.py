@@ -67,6 +67,21 @@ def test_latencies_are_those_between_the_outputs(log, clock):
     assert log.stats()["request_success"] == {"stop": 1, "length": 0, "abort": 0, "error": 0}
 
 
+def test_outputs_of_one_request_have_their_own_gaps_and_one_end(log, clock, lines):
+    log.started(AddRequest("r", [1], SamplingParams(n=2)))
+    log.take([output(), output(index=1)])
+    clock.now += 0.5
+    log.take([output(finish_reason="length"), output(index=1)])
+    assert lines() == []
+    clock.now += 0.25
+    log.take([output(index=1, finish_reason="stop")])
+    gaps = log.stats()["inter_token_latency_seconds"]
+    assert (gaps["count"], gaps["sum"]) == (3, 1.25)
+    assert log.stats()["time_to_first_token_seconds"]["count"] == 1
+    [line] = lines()
+    assert "output_tokens=5 " in line
+
+
 def test_client_that_leaves_has_no_whole_latency(log, lines):
     log.started(request("a"))
     log.started(request("b"))
