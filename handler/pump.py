@@ -11,9 +11,13 @@ from two threads.
 The status of a response leaves with its first piece. So every new request is answered in the
 exchange that brings it: an error, or anything known at once, as a complete reply; an accepted
 request by an opening piece (which also keeps the frontend from sending its body again). Without a
-first piece are left, until it is known what to say: statistics, a drain, requests with a timeout of
-their own, which is answered with a status if it passes before their first piece, and those with a
-grammar, until the engine has compiled it.
+first piece are left, until it is known what to say:
+
+- statistics and drains;
+- bodies so large that a thread of their own reads them, while the others' tokens go on;
+- requests with a grammar, until the engine has compiled it;
+- requests with a timeout of their own, which is answered with a status if it passes before their
+  first piece.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -56,6 +61,8 @@ STATS_SECONDS = 5.0
 # gained nothing get an empty piece from time to time, of which no byte reaches the client.
 TOUCH_SECONDS = 0.25
 
+# A body with more text or token ids than this takes more than some milliseconds to read.
+LARGE_BODY_CHARACTERS = 16384
 # The frontend sets ``X-Request-Id`` of responses itself.
 CLIENT_ID_HEADER = "X-Client-Request-Id"
 
@@ -171,6 +178,13 @@ class _Open:
         return {} if response_id == self.request_id else {CLIENT_ID_HEADER: response_id}
 
 
+class _Reading(NamedTuple):
+    """A request whose large body is being read; the result is its response, or all of its answer."""
+
+    result: "Future[Response | bytes]"
+    client_id: str
+
+
 class _Asked(NamedTuple):
     """A request for statistics that the engine has not answered yet."""
 
@@ -220,6 +234,9 @@ class Pump:
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         self._asked: dict[str, _Asked] = {}
+        # One thread, so that those who send large bodies wait for each other and for nobody else.
+        self._reader = ThreadPoolExecutor(1, "read-bodies")
+        self._reading: dict[str, _Reading] = {}
         self._is_draining = False
         self._drains: dict[str, float] = {}  # deadlines of the requests that wait for the end
         # Whose an engine's request is; and the tokens of the prompts that wait for a first output.
@@ -276,6 +293,8 @@ class Pump:
                 replies += self._touches(index_of, {r.index for r in replies if r is not None})
             if self._asked:
                 replies += self._late_stats_replies(index_of)
+            if self._reading:
+                replies += self._read_replies(index_of)
             # New ones come last: their opening piece must go out before anything they gain.
             replies += [self._admit(r, index_of[r], fetch) for r in new]
             if self._drains:
@@ -319,7 +338,8 @@ class Pump:
     # --- requests come and go ----------------------------------------------------------------
 
     def _knows(self, request_id: str) -> bool:
-        return request_id in self._open or request_id in self._asked or request_id in self._drains
+        books = (self._open, self._reading, self._asked, self._drains)
+        return any(request_id in book for book in books)
 
     def _admit(self, request_id: str, index: int, fetch: Callable[[int], Incoming]) -> Reply | None:
         client_id = ""
@@ -351,7 +371,8 @@ class Pump:
             return Reply(index, body, None, content_type=JSON)
         if route in ("tokenize", "detokenize"):
             answer = self._api.tokenize if route == "tokenize" else self._api.detokenize
-            return Reply(index, answer(_body(incoming)), None, content_type=JSON)
+            body = _body(incoming)
+            return self._read(request_id, index, client_id, body, lambda: answer(body))
         if route in ("stats", "stats/trace"):
             with_trace = route == "stats/trace"
             self._engine.request_stats(include_trace=with_trace)
@@ -372,7 +393,7 @@ class Pump:
     def _start(
         self, request_id: str, index: int, incoming: Incoming, client_id: str
     ) -> Reply | None:
-        """Hand a request to the engine, if there is room for it."""
+        """Read a request's body, and hand it to the engine, if there is room for it."""
         self._check_engine()
         if self._is_draining:
             raise Draining("This server takes no new requests, since it is about to be stopped.")
@@ -380,7 +401,46 @@ class Pump:
         self._check_queue(1)
         route = incoming.route.strip("/")
         body = _body(incoming, is_plain=not route)
-        response = self._routes[route](request_id, body, client_id or None)
+        parse = self._routes[route]
+        return self._read(
+            request_id, index, client_id, body, lambda: parse(request_id, body, client_id or None)
+        )
+
+    def _read(
+        self,
+        request_id: str,
+        index: int,
+        client_id: str,
+        body: Any,
+        read: Callable[[], Response | bytes],
+    ) -> Reply | None:
+        """Call ``read``, which reads ``body``: at once, or, if it takes long, in the thread."""
+        if _num_characters(body) <= LARGE_BODY_CHARACTERS:
+            return self._take_read(request_id, index, read())
+        self._reading[request_id] = _Reading(self._reader.submit(read), client_id)
+        return None
+
+    def _read_replies(self, index_of: Mapping[str, int]) -> list[Reply | None]:
+        replies = []
+        for request_id in [r for r, reading in self._reading.items() if reading.result.done()]:
+            reading, index = self._reading.pop(request_id), index_of[request_id]
+            try:
+                replies.append(self._take_read(request_id, index, reading.result.result()))
+            except EngineError as exc:
+                logger.info("request %s refused: %s", request_id, type(exc).__name__)
+                replies.append(_refusal(index, exc, reading.client_id))
+            except Exception:
+                logger.exception("request %s broke while it was read", request_id)
+                replies.append(_refusal(index, _own_fault(), reading.client_id))
+        return replies
+
+    def _take_read(self, request_id: str, index: int, read: Response | bytes) -> Reply | None:
+        if isinstance(read, bytes):
+            return Reply(index, read, None, content_type=JSON)
+        return self._accept(request_id, index, read)
+
+    def _accept(self, request_id: str, index: int, response: Response) -> Reply | None:
+        """Hand a request to the engine, if there is room for it."""
         num_tokens = [len(r.prompt_token_ids) for r in response.requests]
         self._check_queue(len(num_tokens), sum(num_tokens))
         # Whether a grammar can be followed is found by the engine; else the status would be gone.
@@ -404,7 +464,7 @@ class Pump:
         return Reply(index, opening, False, content_type=content_type, headers=opened.headers)
 
     def _check_queue(self, num_requests: int, num_tokens: int = 0) -> None:
-        num_waiting = len(self._waiting)
+        num_waiting = len(self._waiting) + len(self._reading)
         if num_waiting + num_requests > self._max_waiting:
             raise QueueFull(
                 f"{num_waiting} requests are waiting, and {self._max_waiting} may; try again in a "
@@ -423,6 +483,8 @@ class Pump:
 
     def _drop_unless(self, ids: Mapping[str, int]) -> None:
         """Forget requests that are not among ``ids``: their clients have left."""
+        for request_id in [r for r in self._reading if r not in ids]:
+            self._reading.pop(request_id).result.cancel()
         for told_later in (self._asked, self._drains):
             for request_id in [r for r in told_later if r not in ids]:
                 del told_later[request_id]
@@ -492,7 +554,7 @@ class Pump:
             index = index_of[request_id]
             if not self._is_draining:
                 replies.append(_json_reply(index, {"status": "resumed"}))
-            elif not self._open:
+            elif not self._open and not self._reading:
                 replies.append(_json_reply(index, {"status": "drained"}))
             elif self._clock() >= deadline:
                 error = DeadlineExceeded(
@@ -624,6 +686,19 @@ class Pump:
             del self._asked[request_id]
         error = EngineDead("The engine does not answer; try again in a moment.")
         return [_refusal(index_of[request_id], error) for request_id in late]
+
+
+def _num_characters(value: Any, depth: int = 6) -> int:
+    """About how much there is to encode in a body: characters of texts, token ids of lists."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list) or depth == 0:
+        return 0
+    if value and isinstance(value[0], int):
+        return len(value)
+    return sum([_num_characters(item, depth - 1) for item in value])
 
 
 def _json_reply(index: int, body: Any) -> Reply:

@@ -1,6 +1,8 @@
 """The pump with an engine that does only what the test says, and a clock that the test turns."""
 
 import json
+import threading
+from concurrent.futures import wait
 
 import pytest
 from support.tokenizers import byte_level_tokenizer
@@ -8,6 +10,7 @@ from support.tokenizers import byte_level_tokenizer
 from pagetier.handler.errors import EngineDead
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import (
+    LARGE_BODY_CHARACTERS,
     MAX_QUIET_TICKS,
     REQUESTS_PER_QUIET_TICK,
     STATS_SECONDS,
@@ -455,6 +458,89 @@ def test_engines_refusal_of_a_request_with_a_timeout_has_a_status(rig):
     rig.exchange(a=("v1/completions", {**BODY, "timeout": 5}))
     rig.gain("a", "", finish_reason="error", error="Dead.", error_status=503)
     assert rig.exchange("a")["a"].status == 503
+
+
+def read(rig, *ids):
+    """Let the thread that reads large bodies finish, and exchange."""
+    wait([reading.result for reading in rig.pump._reading.values()], timeout=10)
+    return rig.exchange(*ids)
+
+
+LARGE = {**STREAM, "prompt": "x " * LARGE_BODY_CHARACTERS}
+
+
+@pytest.fixture
+def may_read(rig, monkeypatch):
+    """Large texts wait for this event while they are encoded, and then count as short ones."""
+    event = threading.Event()
+    encode = rig.tokenizer.encode
+
+    def slow_encode(text, **options):
+        if len(text) > LARGE_BODY_CHARACTERS:
+            event.wait(10)
+            text = "the fox"
+        return encode(text, **options)
+
+    monkeypatch.setattr(rig.tokenizer, "encode", slow_encode)
+    return event
+
+
+def test_large_body_is_read_beside_the_exchanges(rig, may_read):
+    rig.exchange(a=("v1/completions", STREAM))
+    tokenize = ("tokenize", {"prompt": LARGE["prompt"]})
+    assert rig.exchange("a", b=("v1/completions", LARGE), t=tokenize) == {}
+    rig.gain("a", "quick")
+    assert b'"quick"' in rig.exchange("a", "b", "t")["a"].body
+    assert rig.engine.added == ["a"]
+    may_read.set()
+    replies = read(rig, "a", "b", "t")
+    assert (replies["b"].status, replies["b"].last) == (200, False)
+    assert json.loads(replies["t"].body)["count"] == 2
+    assert rig.engine.added == ["a", "b"]
+    rig.gain("b", "fox", finish_reason="length")
+    assert rig.exchange("a", "b")["b"].last is True
+
+
+def test_large_body_that_is_wrong_is_refused_with_its_status(rig):
+    named = Incoming("v1/completions", LARGE, client_id="job")
+    assert rig.pump.exchange(["b"], lambda index: named) == []
+    reply = read(rig, "b")["b"]
+    assert (reply.status, reply.last) == (400, None)
+    assert reply.headers == {"X-Client-Request-Id": "job"}
+    assert json.loads(reply.body)["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "x" * LARGE_BODY_CHARACTERS, "max_tokens": 1},
+        {"prompt": ["x" * 999] * 20},
+        {"prompt": [7] * 2 * LARGE_BODY_CHARACTERS},
+        {"messages": [{"role": "user", "content": [{"text": "x " * LARGE_BODY_CHARACTERS}]}]},
+    ],
+)
+def test_large_bodies_of_any_shape_are_read_beside_the_exchanges(rig, body):
+    route = "v1/chat/completions" if "messages" in body else "v1/completions"
+    body["cache_salt"] = "x"
+    assert rig.exchange(b=(route, body)) == {}
+    assert read(rig, "b")["b"].status in (200, 400)
+
+
+def test_client_with_a_large_body_that_leaves_is_forgotten(rig, may_read):
+    rig.exchange(b=("v1/completions", LARGE))
+    assert rig.exchange() == {}
+    may_read.set()
+    assert json.loads(rig.exchange(d=("drain", None))["d"].body) == {"status": "drained"}
+    assert rig.engine.added == []
+
+
+def test_drain_waits_for_a_large_body_that_is_being_read(rig, may_read):
+    rig.exchange(b=("v1/completions", LARGE))
+    assert rig.exchange("b", d=("drain", None)) == {}
+    may_read.set()
+    assert read(rig, "b", "d").keys() == {"b"}
+    rig.gain("b", "fox", finish_reason="length")
+    assert rig.exchange("b", "d").keys() == {"b", "d"}
 
 
 # --- what the client calls a request ---------------------------------------------------------
