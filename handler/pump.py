@@ -179,7 +179,7 @@ class _Open:
 
 
 class _Reading(NamedTuple):
-    """A request whose large body is being read; the result is its response, or all of its answer."""
+    """A large body that is being read: to its response, or to all of the answer."""
 
     result: "Future[Response | bytes]"
     client_id: str
