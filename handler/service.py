@@ -23,11 +23,11 @@ from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
 from pagetier.handler.errors import ConfigError, EngineError, LaunchError
+from pagetier.handler.messages import RequestOutput
 from pagetier.handler.metrics import Histogram
 from pagetier.handler.metrics_export import MetricsExporter, start_exporting
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import TICK_SECONDS, WAIT_SECONDS, Inbox, Incoming, Pump, Reply
-from pagetier.handler.request import RequestOutput
 from pagetier.handler.request_log import RequestLog
 from pagetier.handler.tokenizer import Tokenizer, check_tokenizer_files
 
@@ -276,9 +276,9 @@ def _apply(replies: list[Reply], ids: list[str], data: list[dict[str, Any]], con
 def _take_place(model_dir: Path) -> TextIO:
     """Make this the only worker of its model, for as long as the returned file is open.
 
-    With two of them TorchServe 0.12 lets the idle one wait for requests under a lock that the busy
-    one needs to go on, so that streams stand still. It keeps starting the second one, but the log
-    then says why nothing comes of it.
+    By TorchServe's source, an idle worker waits for requests under a lock that a busy one needs to
+    go on, so that two would hold up each other's streams. It keeps starting the second one, but the
+    log then says why nothing comes of it.
 
     Raises:
         LaunchError: there is another one.

@@ -1,4 +1,4 @@
-"""What operators do with a running server: watch it, scale it, register models beside it."""
+"""What operators do with a running server: watch it, talk with it, scale it."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from support.ports import free_ports
 
 from pagetier.handler.archive import create_archive
 from pagetier.handler.cli import main
-from pagetier.handler.torchserve import DEFAULT_CONFIG, METRICS_CONFIG, TorchServe
+from pagetier.handler.torchserve import METRICS_CONFIG, TorchServe
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 
@@ -125,42 +125,18 @@ class Management:
         return answer.json()
 
 
-def test_model_is_described_scaled_and_another_comes_and_goes(tmp_path):
-    config = tmp_path / "config.properties"
-    safe = DEFAULT_CONFIG.read_text()
-    config.write_text(safe.replace("enable_model_api=false", "enable_model_api=true"))
-    first = create_archive(str(MODEL_FOLDER), tmp_path / f"{NAME}.mar", settings=SETTINGS)
-    second = create_archive(str(MODEL_FOLDER), tmp_path / "second.mar", settings=SETTINGS)
-    with TorchServe(
-        [first], port=free_ports(), log_dir=tmp_path / "logs", ts_config=config
-    ) as server:
+def test_model_is_scaled_to_zero_and_back(tmp_path):
+    archive = create_archive(str(MODEL_FOLDER), tmp_path / f"{NAME}.mar", settings=SETTINGS)
+    with TorchServe([archive], port=free_ports(), log_dir=tmp_path / "logs") as server:
         server.wait_ready(READY_TIMEOUT_S)
         live = LiveServer(server)
         manage = Management(server)
-        text = complete(live.client, "Return the", max_tokens=8).choices[0].text
-
-        [described] = manage("GET", f"/{NAME}", customized="true")
-        told = described["customizedMetadata"]
-        assert told["model"] == NAME
-        assert told["max_model_len"] == 1024
-
-        manage("PUT", f"/{NAME}", min_worker=0, max_worker=0)
-        body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1})
-        assert live.post("completions", body).status_code == 503
-        manage("PUT", f"/{NAME}", min_worker=1, max_worker=1)
-        assert complete(live.client, "Return the", max_tokens=8).choices[0].text == text
-
-        manage("POST", url=second.as_uri(), initial_workers=1)
-        other = httpx.post(
-            f"{server.inference_url}/predictions/second/1.0/v1/completions",
-            json={"prompt": "Return the", "max_tokens": 8, "temperature": 0, "ignore_eos": True},
-            headers=live.headers,
-            timeout=30,
-        )
-        assert other.json()["choices"][0]["text"] == text
-        stream = complete(live.client, "Return the", max_tokens=100, stream=True)
-        pieces = [next(stream).choices[0].text]
-        manage("DELETE", "/second")
-        pieces += [chunk.choices[0].text for chunk in stream if chunk.choices]
-        assert "".join(pieces).startswith(text)
-        assert [model["modelName"] for model in manage("GET")["models"]] == [NAME]
+        with live.client:
+            text = complete(live.client, "Return the", max_tokens=8).choices[0].text
+            manage("PUT", f"/{NAME}", min_worker=0, max_worker=0)
+            body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1})
+            assert live.post("completions", body).status_code == 503
+            manage("PUT", f"/{NAME}", min_worker=1, max_worker=1)
+            [described] = manage("GET", f"/{NAME}")
+            assert [worker["status"] for worker in described["workers"]] == ["READY"]
+            assert complete(live.client, "Return the", max_tokens=8).choices[0].text == text
