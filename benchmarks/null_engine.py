@@ -11,7 +11,8 @@ from typing import Any
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.kv_cache_manager import KVCacheManager
-from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams
+from pagetier.handler.messages import AddRequest, RequestOutput
+from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import StepPlan, StepResult
 from pagetier.offload.cost_model import CostModel

@@ -11,7 +11,7 @@ from typing import Any
 
 from pagetier.handler.errors import InvalidRequest, PromptTooLong
 from pagetier.handler.kv_cache_manager import Direction
-from pagetier.handler.request import AddRequest, RequestOutput
+from pagetier.handler.messages import AddRequest, RequestOutput
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import Runner, StepHandle, StepPlan
 from pagetier.handler.structured_output import Grammars

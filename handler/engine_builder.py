@@ -17,10 +17,12 @@ from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.errors import ConfigError
 from pagetier.handler.kv_cache_manager import KVCacheManager
+from pagetier.handler.messages import AddRequest
 from pagetier.handler.model_loader import LoadedModel, load_model
 from pagetier.handler.model_runner import ModelRunner
-from pagetier.handler.request import AddRequest, SamplingParams, Sequence
+from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.scheduler import Scheduler
+from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import ScheduledSequence, StepPlan
 from pagetier.handler.structured_output import Grammars
 from pagetier.handler.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ import msgspec
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_process import DEFAULT_BUILDER, LoadProgress, StartEngine
 from pagetier.handler.errors import EngineDead, EngineError
-from pagetier.handler.request import (
+from pagetier.handler.messages import (
     AbortRequests,
     AddRequest,
     EngineFailed,

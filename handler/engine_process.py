@@ -23,7 +23,7 @@ import msgspec
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import EngineError, QueueFull
-from pagetier.handler.request import (
+from pagetier.handler.messages import (
     AbortRequests,
     AddRequest,
     EngineFailed,

@@ -23,7 +23,7 @@ import itertools
 from array import array
 
 from pagetier.handler.block_pool import BlockPool
-from pagetier.handler.request import Sequence
+from pagetier.handler.sequence import Sequence
 
 _NOT_ON_GPU = -1
 # How far ahead of eviction cached blocks are copied out: at least a large admission's worth.

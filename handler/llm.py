@@ -16,7 +16,8 @@ from tqdm import tqdm
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_builder import build_engine
 from pagetier.handler.errors import InvalidRequest, ModelError
-from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
+from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
+from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.tokenizer import OutputAssembler, OutputDelta, Tokenizer
 
 Prompt = str | Sequence[int]

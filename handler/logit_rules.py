@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pagetier.handler.request import SamplingParams, Sequence
+from pagetier.handler.sampling_params import SamplingParams
+from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import ScheduledSequence
 from pagetier.kernels.metadata import upload
 

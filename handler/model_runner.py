@@ -24,9 +24,11 @@ import torch
 
 from pagetier import kernels
 from pagetier.handler.logit_rules import HostRules, LogitRules
+from pagetier.handler.messages import AddRequest, TokenLogprobs
 from pagetier.handler.model_loader import ForwardContext, LoadedModel, forward_context
-from pagetier.handler.request import AddRequest, SamplingParams, Sequence, TokenLogprobs
 from pagetier.handler.sampler import RowSettings, SamplerOutput, allow_tokens, sample, score
+from pagetier.handler.sampling_params import SamplingParams
+from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import (
     MAX_PROMPT_LOGPROBS_PER_STEP,
     ScheduledSequence,

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from pagetier.handler.errors import InvalidRequest, NotFound, PromptTooLong
+from pagetier.handler.messages import AddRequest
 from pagetier.handler.openai_responses import (
     ChatResponse,
     CompletionResponse,
@@ -33,7 +34,7 @@ from pagetier.handler.openai_schemas import (
     short,
     without_null_message_fields,
 )
-from pagetier.handler.request import AddRequest, SamplingParams, StructuredOutputsParams
+from pagetier.handler.sampling_params import SamplingParams, StructuredOutputsParams
 from pagetier.handler.tokenizer import Tokenizer
 
 MAX_CHOICES = 128

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from pagetier.handler.errors import EngineError
-from pagetier.handler.request import AddRequest, RequestOutput, TokenLogprobs
+from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
 from pagetier.handler.tokenizer import OutputAssembler, OutputDelta, Tokenizer
 
 # JSON has no infinity; OpenAI's clients know this number instead.

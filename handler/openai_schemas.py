@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from pagetier.handler.errors import InvalidRequest
-from pagetier.handler.request import StructuredOutputsParams
+from pagetier.handler.sampling_params import StructuredOutputsParams
 
 # Fields of OpenAI's API that change nothing about the output.
 HARMLESS = frozenset({

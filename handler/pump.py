@@ -40,10 +40,10 @@ from pagetier.handler.errors import (
     NotFound,
     QueueFull,
 )
+from pagetier.handler.messages import AddRequest, RequestOutput, StatsReply
 from pagetier.handler.openai_api import OpenAIApi, is_client_id
 from pagetier.handler.openai_responses import Response, error_body, error_event
 from pagetier.handler.openai_schemas import DrainBody, parse_json, read_body
-from pagetier.handler.request import AddRequest, RequestOutput, StatsReply
 from pagetier.handler.request_log import RequestLog
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pagetier.handler.messages import AddRequest, RequestOutput
 from pagetier.handler.metrics import Histogram
-from pagetier.handler.request import AddRequest, RequestOutput
 
 logger = logging.getLogger(__name__)
 

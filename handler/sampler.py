@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pagetier.handler.request import SamplingParams
+from pagetier.handler.sampling_params import SamplingParams
 
 # Constants of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 # 2014), as signed 64-bit integers, which torch multiplies modulo 2**64.

@@ -16,10 +16,7 @@ from typing import Any
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.kv_cache_manager import Direction, KVCacheManager, PrefixMatch
-from pagetier.handler.request import (
-    Sequence,
-    SequenceStatus,
-)
+from pagetier.handler.sequence import Sequence, SequenceStatus
 from pagetier.handler.sequence_book import SequenceBook
 from pagetier.handler.step import (
     MAX_PROMPT_LOGPROBS_PER_STEP,

@@ -17,15 +17,9 @@ from typing import Any
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import EngineError, InvalidRequest, QueueFull
 from pagetier.handler.kv_cache_manager import KVCacheManager
+from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
 from pagetier.handler.metrics import EngineTotals
-from pagetier.handler.request import (
-    AddRequest,
-    RequestOutput,
-    Sequence,
-    SequenceStatus,
-    TokenConstraint,
-    TokenLogprobs,
-)
+from pagetier.handler.sequence import Sequence, SequenceStatus, TokenConstraint
 from pagetier.handler.sequence_group import SequenceGroup
 from pagetier.handler.step import StepPlan, StepResult
 

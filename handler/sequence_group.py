@@ -14,14 +14,9 @@ import dataclasses
 import msgspec
 
 from pagetier.handler.beam_search import BeamSearch, Candidate, Continuation
-from pagetier.handler.request import (
-    AddRequest,
-    RequestOutput,
-    SamplingParams,
-    Sequence,
-    TokenLogprobs,
-    with_logprobs,
-)
+from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
+from pagetier.handler.sampling_params import SamplingParams, with_logprobs
+from pagetier.handler.sequence import Sequence
 
 
 @dataclasses.dataclass

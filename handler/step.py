@@ -7,7 +7,8 @@ that a runner keeps. Knows nothing of queues, blocks or devices, and imports no 
 import dataclasses
 from typing import Any, Protocol
 
-from pagetier.handler.request import Sequence, TokenLogprobs
+from pagetier.handler.messages import TokenLogprobs
+from pagetier.handler.sequence import Sequence
 
 # Positions of prompts, at most, for which a step works out log-probabilities: each needs a row of
 # logits, and the memory for them is set aside.

@@ -28,7 +28,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper,
 from llguidance.gbnf_to_lark import any_to_lark
 
 from pagetier.handler.errors import EngineError, InvalidRequest
-from pagetier.handler.request import StructuredOutputsParams
+from pagetier.handler.sampling_params import StructuredOutputsParams
 from pagetier.handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

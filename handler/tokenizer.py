@@ -24,7 +24,8 @@ from tokenizers import decoders
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError, PromptTooLong
-from pagetier.handler.request import RequestOutput, SamplingParams, TokenLogprobs
+from pagetier.handler.messages import RequestOutput, TokenLogprobs
+from pagetier.handler.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

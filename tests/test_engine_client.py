@@ -14,7 +14,8 @@ from support import fake_core
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.errors import EngineDead, EngineError
-from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams
+from pagetier.handler.messages import AddRequest, RequestOutput
+from pagetier.handler.sampling_params import SamplingParams
 
 TESTS = Path(__file__).parent
 CONFIG = EngineConfig(model="fake")
@@ -199,7 +200,8 @@ _PARENT = """
 import sys, time
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
-from pagetier.handler.request import AddRequest, SamplingParams
+from pagetier.handler.messages import AddRequest
+from pagetier.handler.sampling_params import SamplingParams
 
 def say(line):
     print(line, flush=True)

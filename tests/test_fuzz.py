@@ -21,6 +21,7 @@ from pagetier.handler import pump
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_builder import build_engine
 from pagetier.handler.errors import EngineError
+from pagetier.handler.messages import RequestOutput, StatsReply
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.openai_schemas import (
     HARMLESS,
@@ -32,7 +33,6 @@ from pagetier.handler.openai_schemas import (
     TokenizeBody,
 )
 from pagetier.handler.pump import Inbox, Pump
-from pagetier.handler.request import RequestOutput, StatsReply
 from pagetier.handler.service import PagetierHandler
 from pagetier.handler.tokenizer import Tokenizer
 

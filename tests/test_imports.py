@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # As modules of `pagetier`. They are tested on their own, with exact block ids, in milliseconds.
 WITHOUT_TORCH = [
     "handler.archive",
+    "handler.beam_search",
     "handler.block_pool",
     "handler.chat",
     "handler.cli",
@@ -24,7 +25,11 @@ WITHOUT_TORCH = [
     "handler.kv_cache_manager",
     "handler.metrics",
     "handler.metrics_export",
-    "handler.request",
+    "handler.messages",
+    "handler.sampling_params",
+    "handler.sequence",
+    "handler.sequence_book",
+    "handler.sequence_group",
     "handler.request_log",
     "handler.scheduler",
     "handler.step",

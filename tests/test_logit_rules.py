@@ -10,7 +10,9 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from pagetier.handler.logit_rules import LogitRules, penalise
-from pagetier.handler.request import AddRequest, SamplingParams, Sequence
+from pagetier.handler.messages import AddRequest
+from pagetier.handler.sampling_params import SamplingParams
+from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import ScheduledSequence
 
 VOCABULARY = 12

@@ -10,9 +10,11 @@ import torch
 from support import tiny_models
 
 from pagetier.handler.config import EngineConfig
+from pagetier.handler.messages import AddRequest
 from pagetier.handler.model_loader import LoadedModel, load_model
 from pagetier.handler.model_runner import ModelRunner
-from pagetier.handler.request import AddRequest, SamplingParams, Sequence
+from pagetier.handler.sampling_params import SamplingParams
+from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import ScheduledSequence, StepHandle, StepPlan
 from pagetier.offload.tiers import KVLayout
 

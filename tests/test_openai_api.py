@@ -12,10 +12,10 @@ from pagetier.handler.errors import (
     PromptTooLong,
     QueueFull,
 )
+from pagetier.handler.messages import RequestOutput, TokenLogprobs
 from pagetier.handler.openai_api import MAX_CHOICES, OpenAIApi
 from pagetier.handler.openai_responses import MIN_LOGPROB, error_body
 from pagetier.handler.openai_schemas import parse_json
-from pagetier.handler.request import RequestOutput, TokenLogprobs
 from pagetier.handler.tokenizer import Tokenizer
 
 MAX_MODEL_LEN = 100

@@ -17,6 +17,7 @@ from support.tokenizers import byte_level_tokenizer
 
 from pagetier.handler import openapi
 from pagetier.handler.errors import QueueFull
+from pagetier.handler.messages import RequestOutput, TokenLogprobs
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.openai_responses import error_body
 from pagetier.handler.openai_schemas import (
@@ -26,7 +27,6 @@ from pagetier.handler.openai_schemas import (
     CompletionBody,
     StreamOptions,
 )
-from pagetier.handler.request import RequestOutput, TokenLogprobs
 from pagetier.handler.tokenizer import Tokenizer
 
 DESCRIPTION = Path(__file__).parent.parent / "docs" / "openapi.json"

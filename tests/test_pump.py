@@ -8,6 +8,7 @@ import pytest
 from support.tokenizers import byte_level_tokenizer
 
 from pagetier.handler.errors import EngineDead
+from pagetier.handler.messages import RequestOutput, StatsReply
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import (
     LARGE_BODY_CHARACTERS,
@@ -19,7 +20,6 @@ from pagetier.handler.pump import (
     Incoming,
     Pump,
 )
-from pagetier.handler.request import RequestOutput, StatsReply
 from pagetier.handler.tokenizer import Tokenizer
 
 BODY = {"prompt": "the fox", "max_tokens": 50}

@@ -3,8 +3,9 @@ import re
 
 import pytest
 
-from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams
+from pagetier.handler.messages import AddRequest, RequestOutput
 from pagetier.handler.request_log import RequestLog
+from pagetier.handler.sampling_params import SamplingParams
 
 
 class Clock:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagetier.handler.request import SamplingParams
 from pagetier.handler.sampler import (
     RowSettings,
     SamplerOutput,
@@ -19,6 +18,7 @@ from pagetier.handler.sampler import (
     token_weights,
     uniform,
 )
+from pagetier.handler.sampling_params import SamplingParams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

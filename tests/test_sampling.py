@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from pagetier import LLM, SamplingParams
 from pagetier.handler.errors import InvalidRequest, ModelError
-from pagetier.handler.request import AddRequest, ToEngine
+from pagetier.handler.messages import AddRequest, ToEngine
 
 EMBEDDED_MODEL = pathlib.Path(__file__).parent.parent / "model_store" / "pydoc-llama"
 NEW_TOKENS = 16

@@ -20,14 +20,14 @@ from support.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 from pagetier import LLM, SamplingParams, StructuredOutputsParams
 from pagetier.handler.errors import EngineError, InvalidRequest
+from pagetier.handler.messages import AddRequest
 from pagetier.handler.openai_api import OpenAIApi
-from pagetier.handler.request import (
+from pagetier.handler.sampler import allow_tokens
+from pagetier.handler.sampling_params import (
     MAX_CHOICES,
     MAX_GRAMMAR_CHARACTERS,
     MAX_REGEX_CHARACTERS,
-    AddRequest,
 )
-from pagetier.handler.sampler import allow_tokens
 from pagetier.handler.structured_output import Grammars
 from pagetier.handler.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ from support.tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError, PromptTooLong
-from pagetier.handler.request import RequestOutput, SamplingParams, TokenLogprobs
+from pagetier.handler.messages import RequestOutput, TokenLogprobs
+from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.tokenizer import OutputAssembler, StopChecker, Tokenizer
 
 MAKERS = {"byte_level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}

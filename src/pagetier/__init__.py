@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagetier.handler.llm import LLM
-    from pagetier.handler.request import SamplingParams, StructuredOutputsParams
+    from pagetier.handler.sampling_params import SamplingParams, StructuredOutputsParams
 
 try:
     __version__ = version("pagetier")
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name in ("SamplingParams", "StructuredOutputsParams"):
-        from pagetier.handler import request
+        from pagetier.handler import sampling_params
 
-        return getattr(request, name)
+        return getattr(sampling_params, name)
     raise AttributeError(f"module 'pagetier' has no attribute {name!r}")

@@ -12,8 +12,8 @@ import msgspec
 
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ModelError, QueueFull
+from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
 from pagetier.handler.metrics_export import COUNTERS, GAUGES
-from pagetier.handler.request import AddRequest, RequestOutput, TokenLogprobs
 
 VOCAB_SIZE = 400
 MAX_MODEL_LEN = 4096

@@ -16,7 +16,8 @@ from pagetier.handler.beam_search import BeamSearch, Candidate
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.kv_cache_manager import KVCacheManager
-from pagetier.handler.request import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
+from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
+from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import StepPlan, StepResult
 from pagetier.offload.cost_model import CostModel
