@@ -50,6 +50,8 @@ _SPARE_DISK_BYTES = 64 * 2**20
 # A socket's path has at most 107 bytes; ours is this folder's and "/tmp/.ts.sock.PORT".
 _MAX_RUN_DIR_LENGTH = 85
 _STOP_TIMEOUT_S = 20.0
+# How long a worker that is known to have died may still be heard.
+_LAST_WORDS_S = 2.0
 _RUN_DIR_PREFIX = "pagetier-"
 # Says which process a run's folder belongs to, and so whether it is still needed.
 _OWNER_NAME = "owner"
@@ -238,6 +240,7 @@ class TorchServe:
         while pending:
             startup.read()
             if startup.failed:
+                startup.await_reason()
                 raise LaunchError(startup.failure_sentence(self.log_path))
             self._check_running()
             pending = [
@@ -446,6 +449,15 @@ class _StartupLog:
             self._is_stack |= _STACK_BEGINS.match(found["message"]) is not None
             if not self._is_stack and not _NOT_PROGRESS.match(found["message"]):
                 self._on_progress(found["message"])
+
+    def await_reason(self) -> None:
+        """Read on for a moment: the frontend may log a worker's death before its last words."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while time.monotonic() < deadline:
+            self.read()
+            if any(_WORKER_ERROR.search(line) for line in self._lines):
+                return
+            time.sleep(0.05)
 
     def failure_sentence(self, log_path: Path) -> str:
         """What a worker said before it died: our own error, else the last exception it named."""
