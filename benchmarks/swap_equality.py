@@ -6,7 +6,6 @@ execution with the reference attention, so no figure to be proud of.
 """
 
 import argparse
-import json
 import pathlib
 import random
 import tempfile
@@ -14,41 +13,8 @@ import time
 from typing import Any
 
 from benchmarks import record
+from benchmarks.shapes import SHAPES, write_config
 from pagetier import LLM, SamplingParams
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
-
-
-def write_config(shape: str, folder: pathlib.Path) -> None:
-    """Make ``folder`` a model of that Llama shape, without weights."""
-    settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(settings))
 
 
 def run(
@@ -79,7 +45,7 @@ def run(
 def main() -> int:
     """Compare, print, write JSON; exit status 1 if any token differs or nothing was preempted."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num-requests", type=int, default=32)
     parser.add_argument("--max-prompt", type=int, default=512)
