@@ -1,20 +1,22 @@
 """GPU operations of the paged KV cache, each with a plain torch reference.
 
-Owns the choice of what serves an operation: attention and KV writes have Triton kernels, which
-serve tensors on a CUDA device (and all tensors under ``TRITON_INTERPRET=1``); everything else is
-served by the reference, which runs on any device. Knows nothing of models or requests: operations
-take tensors, slots and pairs of block ids.
+Owns the choice of what serves an operation: its Triton kernel, for tensors on a CUDA device and for
+all tensors under ``TRITON_INTERPRET=1``, else its reference, which runs on any device. Knows
+nothing of models or requests: operations take tensors, slots and pairs of block ids.
 """
 
 import functools
+import importlib
+import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
 from pagetier.kernels import reference
 from pagetier.kernels.metadata import AttentionMetadata
-from pagetier.kernels.reference import copy_blocks, gather_blocks, scatter_blocks
 
 __all__ = [
     "AttentionMetadata",
@@ -27,70 +29,51 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _has_triton(device_type: str) -> bool:
-    """Whether Triton's kernels serve this kind of device; logged once for each."""
-    serves = False
-    if device_type == "cuda" or _INTERPRETED:
-        try:
-            import triton  # noqa: F401
+def _operation(of_reference: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What serves ``of_reference``: a launcher of the same name and arguments, where it can.
 
-            serves = True
-        except ImportError:
-            logger.warning("Triton is not installed: attention will be slow.")
-    logger.info(
-        "Attention on %s is served by %s.",
-        device_type,
-        "Triton kernels" if serves else "the plain torch reference",
-    )
-    return serves
+    The launcher is in the file that is named like the reference's.
+    """
+    name: str = of_reference.__name__
+    file = of_reference.__module__.rsplit(".", 1)[1]
 
+    @functools.cache
+    def serving(on_gpu: bool) -> Callable[_P, _R]:
+        has_triton = importlib.util.find_spec("triton") is not None
+        if on_gpu and not has_triton:
+            logger.warning("Triton is not installed: %s on a GPU will be slow.", name)
+        serves = has_triton and (on_gpu or _INTERPRETED)
+        logger.info(
+            "%s on %s is served by %s.",
+            name,
+            "a GPU" if on_gpu else "the CPU",
+            "its Triton kernel" if serves else "plain torch",
+        )
+        if not serves:
+            return of_reference
+        kernels = importlib.import_module(f"pagetier.kernels.{file}")
+        return cast("Callable[_P, _R]", getattr(kernels, name))
 
-@functools.wraps(reference.paged_attention)
-def paged_attention(  # noqa: D103 - the reference's
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    operation = reference.paged_attention
-    if _has_triton(q.device.type):
-        from pagetier.kernels import attention
+    @functools.wraps(of_reference)
+    def operation(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return serving(_on_gpu(args) or _on_gpu(kwargs.values()))(*args, **kwargs)
 
-        operation = attention.paged_attention
-    return operation(
-        q,
-        k_cache,
-        v_cache,
-        metadata,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        out=out,
-    )
+    return operation
 
 
-@functools.wraps(reference.write_kv)
-def write_kv(  # noqa: D103 - the reference's
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    operation = reference.write_kv
-    if _has_triton(key.device.type):
-        from pagetier.kernels import kv_write
+def _on_gpu(values: Any) -> bool:
+    # Pinned pages of the host may come before the tensor on the GPU that they are read into.
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
 
-        operation = kv_write.write_kv
-    operation(key, value, k_cache, v_cache, slots)
+
+paged_attention = _operation(reference.paged_attention)
+write_kv = _operation(reference.write_kv)
+copy_blocks = reference.copy_blocks
+gather_blocks = reference.gather_blocks
+scatter_blocks = reference.scatter_blocks

@@ -7,9 +7,10 @@ import pytest
 import torch
 from support.attention import Batch, make_batch, naive
 
-from pagetier.kernels import AttentionMetadata, reference
+from pagetier.kernels import AttentionMetadata
 from pagetier.kernels.metadata import upload
 from pagetier.kernels.reference import (
+    attention,
     copy_blocks,
     gather_blocks,
     paged_attention,
@@ -118,12 +119,12 @@ def test_attention_in_small_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) 
     batch = make_batch(lens)
     arguments = (batch.q, batch.k_cache, batch.v_cache)
     whole = paged_attention(*arguments, batch.metadata, scale=0.3)
-    monkeypatch.setattr(reference, "_MAX_GATHERED_ELEMENTS", 600)
-    monkeypatch.setattr(reference, "_MAX_SCORE_ELEMENTS", 500)
+    monkeypatch.setattr(attention, "_MAX_GATHERED_ELEMENTS", 600)
+    monkeypatch.setattr(attention, "_MAX_SCORE_ELEMENTS", 500)
     calls = []
-    attend = reference._attend
+    attend = attention._attend
     monkeypatch.setattr(
-        reference, "_attend", lambda *a, **k: calls.append(a[0].shape[:2]) or attend(*a, **k)
+        attention, "_attend", lambda *a, **k: calls.append(a[0].shape[:2]) or attend(*a, **k)
     )
     pieces = paged_attention(*arguments, make_batch(lens).metadata, scale=0.3)
     torch.testing.assert_close(pieces, whole)

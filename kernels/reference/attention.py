@@ -1,17 +1,12 @@
-"""The KV cache's operations in plain torch: what every kernel is tested against, and the fallback.
+"""Paged attention in plain torch, without waiting for the device.
 
-Owns paged attention, writing of new keys and values, and copies of blocks. Knows nothing of models,
-requests, or which block holds what. Runs on any device, in fp32 inside, and asks the device for no
-number, so that it never waits.
-
-Layout. A layer's ``k_cache`` is ``(blocks, kv_heads, block_size, head_dim)`` and its ``v_cache``
-``(blocks, kv_heads, block_size, v_dim)``: views with any strides into block-major pages. A slot is
-``block_id * block_size + offset``. A *context* is a sequence's cached keys or values in order of
-position, padded to whole blocks.
+Owns how a batch is divided into products of bounded size. Knows nothing of models, requests, or
+which block holds what. A *context* is a sequence's cached keys or values in order of position,
+padded to whole blocks.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -321,85 +316,3 @@ def _attend(
     mixed = weights.view(num_sequences, kv_heads, -1, length) @ values
     mixed = mixed.view(*grouped, -1).permute(0, 3, 1, 2, 4)
     return mixed.reshape(num_sequences, num_queries, num_heads, -1)
-
-
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    """Write new keys and values into their slots, in place, and touch nothing else.
-
-    Args:
-        key: ``(tokens, kv_heads, head_dim)``, any strides.
-        value: ``(tokens, kv_heads, v_dim)``, any strides.
-        k_cache: ``(blocks, kv_heads, block_size, head_dim)``, any strides.
-        v_cache: ``(blocks, kv_heads, block_size, v_dim)``, any strides.
-        slots: integers ``(tokens,)``, all different; -1 skips a token.
-    """
-    if slots.shape[0] == 0:
-        return
-    block_size = k_cache.shape[2]
-    # Dropping skipped tokens would need their number, which only the device knows. So a skipped
-    # token repeats the write of one that is not skipped; if there is none, slot 0 keeps its value.
-    written = slots >= 0
-    source = written.int().argmax()
-    stand_in = torch.where(written, torch.arange(slots.shape[0], device=slots.device), source)
-    slots = slots.index_select(0, stand_in).long()
-    any_written = slots >= 0
-    slots = slots.clamp_min(0)
-    blocks, offsets = slots // block_size, slots % block_size
-    for new, cache in ((key, k_cache), (value, v_cache)):
-        new = new.index_select(0, stand_in).to(cache.dtype)
-        by_slot = cache.transpose(1, 2)
-        by_slot[blocks, offsets] = torch.where(
-            any_written[:, None, None], new, by_slot[blocks, offsets]
-        )
-
-
-def copy_blocks(pages: torch.Tensor, pairs: torch.Tensor | Sequence[tuple[int, int]]) -> None:
-    """Copy whole blocks inside a tier, in place.
-
-    Every source is read before any destination is written.
-
-    Args:
-        pages: a tier's pages ``(blocks, block_bytes)``.
-        pairs: (source, destination) block ids, ``(pairs, 2)``; destinations are all different.
-    """
-    pairs = torch.as_tensor(pairs, dtype=torch.int64, device=pages.device).view(-1, 2)
-    pages.index_copy_(0, pairs[:, 1], pages.index_select(0, pairs[:, 0]))
-
-
-def gather_blocks(
-    pages: torch.Tensor, block_ids: torch.Tensor | Sequence[int], staging: torch.Tensor
-) -> torch.Tensor:
-    """Copy scattered blocks into the start of a contiguous staging buffer.
-
-    Args:
-        pages: a tier's pages ``(blocks, block_bytes)``.
-        block_ids: which blocks, in the order wanted.
-        staging: ``(at least len(block_ids), block_bytes)``, on the device of ``pages``.
-
-    Returns:
-        The part of ``staging`` that was filled.
-    """
-    block_ids = torch.as_tensor(block_ids, dtype=torch.int64, device=pages.device)
-    filled = staging[: block_ids.shape[0]]
-    filled.copy_(pages.index_select(0, block_ids))
-    return filled
-
-
-def scatter_blocks(
-    staging: torch.Tensor, pages: torch.Tensor, block_ids: torch.Tensor | Sequence[int]
-) -> None:
-    """Copy blocks from the start of a contiguous staging buffer to where they belong.
-
-    Args:
-        staging: ``(at least len(block_ids), block_bytes)``, on the device of ``pages``.
-        pages: a tier's pages ``(blocks, block_bytes)``, written in place.
-        block_ids: where each staged block goes, in order; all different.
-    """
-    block_ids = torch.as_tensor(block_ids, dtype=torch.int64, device=pages.device)
-    pages.index_copy_(0, block_ids, staging[: block_ids.shape[0]])

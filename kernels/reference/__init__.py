@@ -1,0 +1,15 @@
+"""The kernels' operations in plain torch: what every kernel is tested against, and the fallback.
+
+Owns one module for each kernel's file. Each operation runs on any device, computes in fp32, and
+asks the device for no number, so that it never waits.
+
+Layout. A layer's ``k_cache`` is ``(blocks, kv_heads, block_size, head_dim)`` and its ``v_cache``
+``(blocks, kv_heads, block_size, v_dim)``: views with any strides into block-major pages. A slot is
+``block_id * block_size + offset``.
+"""
+
+from pagetier.kernels.reference.attention import paged_attention
+from pagetier.kernels.reference.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from pagetier.kernels.reference.kv_write import write_kv
+
+__all__ = ["copy_blocks", "gather_blocks", "paged_attention", "scatter_blocks", "write_kv"]
