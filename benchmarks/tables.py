@@ -44,6 +44,8 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         if abs(value) >= 100:
             return f"{value:,.0f}"
+        if 0 < abs(value) < 0.01:
+            return f"{value:.1e}"
         return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 

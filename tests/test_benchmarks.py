@@ -11,13 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def run_module(name, *arguments):
+def run_module(name, *arguments, **variables):
     """What ``python -m benchmarks.NAME`` prints, from the repository's root."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     return subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -124,6 +124,57 @@ def test_pressure_preempts_and_compares_with_as_many_sequences(tmp_path):
     assert swap["recomputations"] == recompute["swaps"] == 0
     assert auto["swaps"] + auto["recomputations"] > 0
     assert all(1 <= row["max_num_seqs with ample KV"] < 8 for row in rows)
+
+
+def test_every_kernel_case_runs_at_a_toy_size(tmp_path):
+    # FlashAttention-3 cannot run here: this only shows that it would be called, and how.
+    peer = tmp_path / "flash_attn_interface.py"
+    peer.write_text("def _fwd(q, k, v, out, starts, _, used, *more): assert k.shape == v.shape\n")
+    done = run_module(
+        "kernels", "--device", "cpu", "--tiny", "--out", tmp_path,
+        TRITON_INTERPRET="1", PYTHONPATH=f"{ROOT / 'src'}:{tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for operation, num_cases in {"attention": 14, "projections": 20, "copies": 5}.items():
+        rows = json.loads((tmp_path / f"kernels_{operation}_cpu.json").read_text())["results"]
+        assert len(rows) >= num_cases
+        assert done.stdout.count("\n" + operation) == 1
+        notes = [row["note"] for row in rows if "note" in row]
+        assert all(note.startswith("skipped: ") for note in notes), notes
+    written = json.loads((tmp_path / "kernels_attention_cpu.json").read_text())
+    assert written["ceilings"]["read_triton"] > 0
+    assert all("FA3 us" in row for row in written["results"] if "note" not in row)
+
+
+def test_kernel_cases_not_begun_in_time_and_failing_ones_are_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import torch
+    from benchmarks.kernels import bench, ceilings
+
+    def fail(_):
+        raise RuntimeError("the kernel is broken")
+
+    def skip(_):
+        raise bench.SkipCase("there is none")
+
+    fast, slow = bench.Target("us", at_most=60), bench.Target("of read", at_least=0.9)
+    cases = [
+        bench.Case("bad", fail),
+        bench.Case("wrong", lambda _: {"us": 1.0, "error": float("nan")}),
+        bench.Case("none", skip),
+        bench.Case("good", lambda _: {"us": 50.0, "of read": 0.8}, (fast, slow)),
+    ]
+    cpu = torch.device("cpu")
+    at = bench.Bench(cpu, ceilings.Ceilings(None, 1.0, 1.0, 1.0, 1.0, 1.0), tiny=True)
+    run = bench.Run("some", "kernels_some", {}, tmp_path)
+    assert run.measure(at, cases, float("inf"))
+    assert run.measure(at, [bench.Case("late", fail)], 0.0)
+    rows = json.loads((tmp_path / "kernels_some.json").read_text())["results"]
+    assert [row.get("note") for row in rows] == [
+        "failed: RuntimeError: the kernel is broken", "failed: off the reference by nan",
+        "skipped: there is none", None, "not run: no time was left",
+    ]  # fmt: skip
+    assert rows[3]["target"] == "us <= 60: reached; of read >= 0.9: missed"
 
 
 def test_report_replaces_what_is_between_its_marks_only(benchmarks, tmp_path):
