@@ -24,6 +24,7 @@ __all__ = [
     "gather_blocks",
     "paged_attention",
     "scatter_blocks",
+    "transfer_blocks",
     "write_kv",
 ]
 
@@ -74,6 +75,7 @@ def _on_gpu(values: Any) -> bool:
 
 paged_attention = _operation(reference.paged_attention)
 write_kv = _operation(reference.write_kv)
-copy_blocks = reference.copy_blocks
-gather_blocks = reference.gather_blocks
-scatter_blocks = reference.scatter_blocks
+copy_blocks = _operation(reference.copy_blocks)
+gather_blocks = _operation(reference.gather_blocks)
+scatter_blocks = _operation(reference.scatter_blocks)
+transfer_blocks = _operation(reference.transfer_blocks)

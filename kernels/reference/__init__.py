@@ -9,7 +9,19 @@ Layout. A layer's ``k_cache`` is ``(blocks, kv_heads, block_size, head_dim)`` an
 """
 
 from pagetier.kernels.reference.attention import paged_attention
-from pagetier.kernels.reference.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from pagetier.kernels.reference.block_copy import (
+    copy_blocks,
+    gather_blocks,
+    scatter_blocks,
+    transfer_blocks,
+)
 from pagetier.kernels.reference.kv_write import write_kv
 
-__all__ = ["copy_blocks", "gather_blocks", "paged_attention", "scatter_blocks", "write_kv"]
+__all__ = [
+    "copy_blocks",
+    "gather_blocks",
+    "paged_attention",
+    "scatter_blocks",
+    "transfer_blocks",
+    "write_kv",
+]

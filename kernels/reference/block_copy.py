@@ -52,3 +52,20 @@ def scatter_blocks(
     """
     block_ids = torch.as_tensor(block_ids, dtype=torch.int64, device=pages.device)
     pages.index_copy_(0, block_ids, staging[: block_ids.shape[0]])
+
+
+def transfer_blocks(
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    pairs: torch.Tensor | Sequence[tuple[int, int]],
+) -> None:
+    """Copy blocks from one tier to another.
+
+    Args:
+        source: pages of a tier ``(blocks, block_bytes)``.
+        destination: pages of another, written in place; blocks are of the same size.
+        pairs: (source, destination) block ids, ``(pairs, 2)``; destinations are all different.
+    """
+    pairs = torch.as_tensor(pairs, dtype=torch.int64).view(-1, 2)
+    moved = source.index_select(0, pairs[:, 0].to(source.device)).to(destination.device)
+    destination.index_copy_(0, pairs[:, 1].to(destination.device), moved)
