@@ -65,7 +65,7 @@ def test_wheel_holds_code_and_data_as_files(wheel):
     packaged = {
         f"pagetier/{path.relative_to(ROOT)}"
         for folder in ("handler", "kernels", "offload")
-        for pattern in ("*.py", "*.yaml", "*.xml", "*.properties")
+        for pattern in ("*.py", "*.yaml", "*.xml", "*.properties", "*.json")
         for path in (ROOT / folder).rglob(pattern)
     }
     assert packaged <= names, packaged - names
