@@ -1,8 +1,7 @@
 """A Hugging Face model, checked, loaded, and with its attention on the paged KV cache.
 
-Owns the gate (which architectures are served, and the geometry of their layers), the reading of
-weights, and the attention function that transformers calls. Knows nothing of requests, blocks or
-steps: the runner says through ``forward_context`` where a batch's keys and values are.
+Owns the gate (which architectures are served, and the geometry of their layers) and the reading of
+weights. Knows nothing of requests, blocks or steps, and leaves attention to ``paged_model``.
 
 The gate runs before any weight is read. It builds the model without memory, on the ``meta``
 device, runs three tokens through it with a probe in place of attention, and refuses what the paged
@@ -18,7 +17,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,15 +26,13 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pagetier import kernels
+from pagetier.handler import fusion, paged_model
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
 from pagetier.offload.tiers import LayerKV
 
 logger = logging.getLogger(__name__)
 
-# No mask is registered under these names, so transformers builds none.
-_ATTENTION = "pagetier"
 _PROBE = "pagetier_probe"
 _PROBE_TOKENS = 3
 
@@ -95,84 +92,6 @@ class LoadedModel:
     def kv_layers(self) -> tuple[LayerKV, ...]:
         """What each layer keeps per token."""
         return tuple(layer.kv for layer in self.layers)
-
-
-# --- attention on the paged cache ----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardContext:
-    """Where the keys and values of the batch in a forward pass are.
-
-    Attributes:
-        caches: each layer's ``k_cache`` and ``v_cache``, as ``pagetier.kernels`` takes them.
-        slots: slot of each new token, int64 ``(tokens,)``.
-        metadata: block tables and lengths.
-    """
-
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
-    slots: torch.Tensor
-    metadata: kernels.AttentionMetadata
-
-
-class _Current(threading.local):
-    context: ForwardContext | None = None
-
-
-_current = _Current()
-
-
-@contextlib.contextmanager
-def forward_context(context: ForwardContext) -> Iterator[None]:
-    """Let the models that this thread calls find their keys and values.
-
-    A module-level place rather than an argument of the model's, since some architectures drop
-    arguments that they do not know on the way to their attention.
-    """
-    previous, _current.context = _current.context, context
-    try:
-        yield
-    finally:
-        _current.context = previous
-
-
-def _paged_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function of all layers; takes and returns what transformers defines.
-
-    ``query``, ``key`` and ``value`` are ``(1, heads, tokens, head_dim)``, a flat batch; the result
-    is ``(1, tokens, heads, v_dim)``. Other keywords are those that the gate found harmless.
-    """
-    context = _current.context
-    assert context is not None, "the model was called outside forward_context"
-    k_cache, v_cache = context.caches[module.layer_idx]
-    kernels.write_kv(
-        key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, context.slots
-    )
-    out = kernels.paged_attention(
-        query[0].transpose(0, 1),
-        k_cache,
-        v_cache,
-        context.metadata,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window or 0,
-        softcap=softcap or 0.0,
-        sinks=s_aux,
-    )
-    return out[None], None
-
-
-AttentionInterface.register(_ATTENTION, _paged_attention)
 
 
 # --- the gate ------------------------------------------------------------------------------------
@@ -240,10 +159,16 @@ def _probe_attention(
 AttentionInterface.register(_PROBE, _probe_attention)
 
 
-def check_architecture(
-    hf_config: Any, *, trust_remote_code: bool = False
-) -> tuple[AttentionLayer, ...]:
-    """Find out, without reading a weight, whether a model can be served, and its layers' geometry.
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a trial run shows of a model: its attention layers, and what of it may be fused."""
+
+    layers: tuple[AttentionLayer, ...]
+    fusible: list[fusion.Group]
+
+
+def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Architecture:
+    """Find out, without reading a weight, whether a model can be served, and how it is made.
 
     Args:
         hf_config: the model's transformers configuration; it is not changed.
@@ -256,7 +181,7 @@ def check_architecture(
     model_type = text_config.model_type
     try:
         _check_settings(hf_config, text_config)
-        layers = _trial_run(hf_config, trust_remote_code)
+        layers, fusible = _trial_run(hf_config, trust_remote_code)
         _check_layers(layers, text_config)
     except _Refused as refused:
         raise ModelError(f"The architecture '{model_type}' is not supported: {refused}.") from None
@@ -266,7 +191,7 @@ def check_architecture(
             "transformers' own output.",
             model_type,
         )
-    return tuple(layers[index] for index in range(len(layers)))
+    return Architecture(tuple(layers[index] for index in range(len(layers))), fusible)
 
 
 def _check_settings(hf_config: Any, text_config: Any) -> None:
@@ -295,8 +220,10 @@ def _check_settings(hf_config: Any, text_config: Any) -> None:
         )
 
 
-def _trial_run(hf_config: Any, trust_remote_code: bool) -> dict[int, AttentionLayer]:
-    """Run a few tokens through a model without weights and return what the probe saw."""
+def _trial_run(
+    hf_config: Any, trust_remote_code: bool
+) -> tuple[dict[int, AttentionLayer], list[fusion.Group]]:
+    """Run a few tokens through a model without weights and return what was seen."""
     hf_config = copy.deepcopy(hf_config)
     # With a padding token some models look for it in the input, which has no values here.
     hf_config.pad_token_id = None
@@ -311,13 +238,14 @@ def _trial_run(hf_config: Any, trust_remote_code: bool) -> dict[int, AttentionLa
             ).eval()
             _pin_longrope(model, 1)
             tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
-            model(
-                input_ids=tokens,
-                position_ids=tokens,
-                use_cache=False,
-                logits_to_keep=torch.zeros(1, dtype=torch.long),
-            )
-        return _probe.layers
+            with fusion.watch(model) as fusible:
+                model(
+                    input_ids=tokens,
+                    position_ids=tokens,
+                    use_cache=False,
+                    logits_to_keep=torch.zeros(1, dtype=torch.long),
+                )
+        return _probe.layers, fusible
     except _Refused:
         raise
     except Exception as exc:
@@ -361,13 +289,16 @@ def _check_layers(layers: dict[int, AttentionLayer], text_config: Any) -> None:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def load_model(config: EngineConfig, progress: Callable[[str], None] | None = None) -> LoadedModel:
+def load_model(
+    config: EngineConfig, progress: Callable[[str], None] | None = None, *, fuse: bool = True
+) -> LoadedModel:
     """Check and load the model that ``config`` names, ready to run on the paged KV cache.
 
     Args:
         config: ``model``, ``dtype``, ``device``, ``load_format``, ``max_model_len``, ``seed`` and
             ``trust_remote_code`` are used.
         progress: called with a few words at the start of each stage.
+        fuse: make linear layers that read the same tensor one.
 
     Raises:
         ModelError: the model cannot be read, is not supported, or does not fit.
@@ -377,7 +308,7 @@ def load_model(config: EngineConfig, progress: Callable[[str], None] | None = No
     device = _resolve_device(config.device)
     say("checking the architecture")
     hf_config = _read_config(config)
-    layers = check_architecture(hf_config, trust_remote_code=config.trust_remote_code)
+    architecture = check_architecture(hf_config, trust_remote_code=config.trust_remote_code)
     text_config = hf_config.get_text_config()
     max_model_len = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
     if max_model_len is None:
@@ -401,6 +332,12 @@ def load_model(config: EngineConfig, progress: Callable[[str], None] | None = No
             "a 16-bit dtype."
         ) from None
     model.eval().requires_grad_(False)
+    num_parameters = _num_parameters(model)
+    if fuse:
+        say("fusing projections")
+        fusion.fuse(model, architecture.fusible)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the weights that were copied
     # With a padding token, some models read their input back to warn of unmasked padding.
     model.config.pad_token_id = None
     model.config.get_text_config().pad_token_id = None
@@ -408,14 +345,14 @@ def load_model(config: EngineConfig, progress: Callable[[str], None] | None = No
     say("hashing the weights")
     return LoadedModel(
         model=model,
-        layers=layers,
+        layers=architecture.layers,
         dtype=model.dtype,
         device=device,
         max_model_len=max_model_len,
         vocab_size=text_config.vocab_size,
         eos_token_ids=_eos_token_ids(model, text_config),
         fingerprint=_fingerprint(model),
-        num_parameters=_num_parameters(model),
+        num_parameters=num_parameters,
     )
 
 
@@ -518,7 +455,7 @@ def _read_weights(
                 name,
                 config=hf_config,
                 dtype="auto" if dtype is None else dtype,
-                attn_implementation=_ATTENTION,
+                attn_implementation=paged_model.ATTENTION,
                 device_map={"": device},
                 use_safetensors=True if config.load_format == "safetensors" else None,
                 trust_remote_code=config.trust_remote_code,
@@ -562,7 +499,7 @@ def _make_dummy(
         torch.manual_seed(config.seed)
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(hf_config),
-            attn_implementation=_ATTENTION,
+            attn_implementation=paged_model.ATTENTION,
             dtype=dtype or torch.float32,
             trust_remote_code=config.trust_remote_code,
         )

@@ -25,7 +25,8 @@ import torch
 from pagetier import kernels
 from pagetier.handler.logit_rules import HostRules, LogitRules
 from pagetier.handler.messages import AddRequest, TokenLogprobs
-from pagetier.handler.model_loader import ForwardContext, LoadedModel, forward_context
+from pagetier.handler.model_loader import LoadedModel
+from pagetier.handler.paged_model import ForwardContext, forward_context
 from pagetier.handler.sampler import RowSettings, SamplerOutput, allow_tokens, sample, score
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.sequence import Sequence

@@ -3,7 +3,6 @@
 import json
 import logging
 import pathlib
-import threading
 from typing import Any
 
 import pytest
@@ -16,10 +15,8 @@ from pagetier.handler import model_loader
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
 from pagetier.handler.model_loader import (
-    ForwardContext,
     LoadedModel,
     check_architecture,
-    forward_context,
     load_model,
 )
 from pagetier.offload.tiers import LayerKV
@@ -28,8 +25,9 @@ from pagetier.offload.tiers import LayerKV
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
-def load(folder: pathlib.Path, **settings: Any) -> LoadedModel:
-    return load_model(EngineConfig.create({"model": str(folder), "device": "cpu", **settings}))
+def load(folder: pathlib.Path, *, fuse: bool = False, **settings: Any) -> LoadedModel:
+    config = EngineConfig.create({"model": str(folder), "device": "cpu", **settings})
+    return load_model(config, fuse=fuse)
 
 
 def edit_config(folder: pathlib.Path, **changes: Any) -> None:
@@ -56,22 +54,24 @@ def test_architectures_that_would_be_wrong_are_refused_with_a_reason(name: str) 
 def test_served_architectures_pass_the_gate_without_a_warning(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layers = check_architecture(tiny_models.configuration(name))
+    layers = check_architecture(tiny_models.configuration(name)).layers
     assert len(layers) == 3
     assert not [r for r in caplog.records if r.name == model_loader.__name__]
 
 
 def test_geometry_is_what_each_layer_calls_attention_with() -> None:
-    gemma = check_architecture(tiny_models.configuration("gemma2"))
+    gemma = check_architecture(tiny_models.configuration("gemma2")).layers
     assert [layer.window for layer in gemma] == [6, 0, 6]
     assert {(layer.heads, layer.softcap, layer.sinks) for layer in gemma} == {(4, 5.0, False)}
-    deepseek = check_architecture(tiny_models.configuration("deepseek_v3"))
+    deepseek = check_architecture(tiny_models.configuration("deepseek_v3")).layers
     assert {layer.kv for layer in deepseek} == {LayerKV(4, 16, 8)}
-    gemma4 = check_architecture(tiny_models.configuration("gemma4_text"))
+    gemma4 = check_architecture(tiny_models.configuration("gemma4_text")).layers
     assert [layer.kv.key_dim for layer in gemma4] == [8, 16, 16]
-    assert all(layer.sinks for layer in check_architecture(tiny_models.configuration("gpt_oss")))
-    assert check_architecture(tiny_models.configuration("opt"))[0].scale == 1.0
-    assert check_architecture(tiny_models.configuration("gpt_bigcode"))[0].kv.kv_heads == 1
+    assert all(
+        layer.sinks for layer in check_architecture(tiny_models.configuration("gpt_oss")).layers
+    )
+    assert check_architecture(tiny_models.configuration("opt")).layers[0].scale == 1.0
+    assert check_architecture(tiny_models.configuration("gpt_bigcode")).layers[0].kv.kv_heads == 1
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_gate_reads_no_weight_and_leaves_the_configuration_alone() -> None:
         num_key_value_heads=8, vocab_size=128256, pad_token_id=3,
     )  # fmt: skip
     before = config.to_dict()
-    layers = check_architecture(config)
+    layers = check_architecture(config).layers
     assert len(layers) == 80
     assert layers[79].kv == LayerKV(8, 128, 128)
     assert config.to_dict() == before
@@ -147,7 +147,7 @@ def test_an_untested_architecture_is_served_with_a_warning(
         num_attention_heads=4,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, logger=model_loader.__name__):
-        assert len(check_architecture(config)) == 2
+        assert len(check_architecture(config).layers) == 2
     assert "'olmo' passed all checks but is not among those tested" in caplog.text
 
 
@@ -260,7 +260,9 @@ def test_weights_that_do_not_fit_are_said_to_be_too_large(
     error: Exception, load_format: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_models.save("llama", tmp_path)
-    monkeypatch.setattr(model_loader, "check_architecture", lambda *_, **__: ())
+    monkeypatch.setattr(
+        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [])
+    )
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -318,7 +320,7 @@ def test_loaded_weights_and_facts_are_those_of_the_folder(tmp_path: pathlib.Path
     original = tiny_models.save("llama", tmp_path, eos_token_id=[7, 9])
     stages: list[str] = []
     config = EngineConfig.create({"model": str(tmp_path), "device": "cpu"})
-    loaded = load_model(config, stages.append)
+    loaded = load_model(config, stages.append, fuse=False)
     assert_same_weights(loaded, original)
     assert loaded.dtype == torch.float32
     assert loaded.device == torch.device("cpu")
@@ -446,29 +448,8 @@ def test_a_model_of_unknown_length_needs_max_model_len(
 ) -> None:
     # The architectures that do not say are refused for other reasons, so far.
     tiny_models.configuration("bloom").save_pretrained(tmp_path)
-    monkeypatch.setattr(model_loader, "check_architecture", lambda *_, **__: ())
+    monkeypatch.setattr(
+        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [])
+    )
     with pytest.raises(ModelError, match="set max_model_len"):
         load(tmp_path)
-
-
-# --- the forward context -------------------------------------------------------------------------
-
-
-def test_the_forward_context_belongs_to_a_thread_and_nests() -> None:
-    outer, inner = (ForwardContext([], torch.empty(0), None) for _ in range(2))
-    seen: list[ForwardContext | None] = []
-    with forward_context(outer):
-        with forward_context(inner):
-            assert model_loader._current.context is inner
-        assert model_loader._current.context is outer
-        thread = threading.Thread(target=lambda: seen.append(model_loader._current.context))
-        thread.start()
-        thread.join()
-    assert seen == [None]
-    assert model_loader._current.context is None
-
-
-def test_the_forward_context_ends_with_an_error() -> None:
-    with pytest.raises(RuntimeError), forward_context(ForwardContext([], torch.empty(0), None)):
-        raise RuntimeError
-    assert model_loader._current.context is None
