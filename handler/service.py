@@ -41,6 +41,8 @@ _FLUSH_SECONDS = 0.1
 # hold it.
 _PLACE_NAME = ".worker"
 _PLACE_SECONDS = 5.0
+# Between the answers to a description that the frontend asks for again and again.
+_REPEATED_DESCRIPTION_SECONDS = 10.0
 # How long after its connections a dying frontend may still be seen.
 _PARENT_SECONDS = 0.5
 # Where archives may name files outside themselves; the operator's, since archives come from others.
@@ -62,6 +64,7 @@ class PagetierHandler:
         self._inbox = Inbox()
         self._place: TextIO | None = None
         self._log = RequestLog()
+        self._last_described = ""
 
     def initialize(self, context: Any) -> None:
         """Start the engine, as the ``handler:`` section of the archive's configuration says.
@@ -131,6 +134,7 @@ class PagetierHandler:
         processors = context.request_processor
         if len(data) == 1 and processors[0].get_request_property("describe") == "True":
             context.stopping_criteria = None
+            self._note_description(context.request_ids[0])
             return [self._pump.describe()]
         ids = [context.request_ids[index] for index in range(len(data))]
 
@@ -154,6 +158,20 @@ class PagetierHandler:
             self._engine.close()
         if self._place is not None:
             self._place.close()
+
+    def _note_description(self, request_id: str) -> None:
+        """Say why nothing else comes, where the frontend asks for the same description for ever.
+
+        See ``frontend_patch``; a frontend that ``pagetier serve`` has started does not do so.
+        """
+        if request_id == self._last_described:
+            logger.error(
+                "TorchServe's frontend repeats a description with customized=true for ever and "
+                "takes no more requests to this model; restart TorchServe, with 'pagetier serve'"
+            )
+            # It would fill the log and a processor.
+            time.sleep(_REPEATED_DESCRIPTION_SECONDS)
+        self._last_described = request_id
 
     def _take_outputs(self, outputs: list[RequestOutput]) -> None:
         self._log.take(outputs)

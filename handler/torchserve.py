@@ -37,6 +37,7 @@ import psutil
 
 from pagetier.handler.archive import MODEL_VERSION, read_handler_settings
 from pagetier.handler.errors import LaunchError, ModelError
+from pagetier.handler.frontend_patch import write_mended_class
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.properties")
 LOG_CONFIG = Path(__file__).with_name("log4j2.xml")
@@ -310,6 +311,9 @@ class TorchServe:
         properties["metrics_config"] = str(METRICS_CONFIG.resolve())
         config = run_dir / "config.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+        mended = run_dir / "classes"
+        mended.mkdir()
+        write_mended_class(packages, mended)
         models = [f"{archive.stem}={archive.name}" for archive in self.archives]
         command = [
             str(java),
@@ -318,7 +322,7 @@ class TorchServe:
             # Archives are unpacked here, and here lie the workers' sockets: so runs cannot meet.
             f"-Djava.io.tmpdir={run_dir / 'tmp'}",
             f"-Dlog4j.configurationFile={LOG_CONFIG.resolve().as_uri()}",
-            *("-cp", f"{packages / 'ts' / 'frontend'}/*"),
+            *("-cp", f"{mended}{os.pathsep}{packages / 'ts' / 'frontend'}/*"),
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable),
             *("-f", str(config)),

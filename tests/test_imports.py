@@ -22,6 +22,7 @@ WITHOUT_TORCH = [
     "handler.config",
     "handler.demo",
     "handler.errors",
+    "handler.frontend_patch",
     "handler.kv_cache_manager",
     "handler.metrics",
     "handler.metrics_export",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.frontend import Frontend
+from support.frontend import Client, Frontend
 from support.tokenizers import byte_level_tokenizer
 
 from pagetier.handler import service
@@ -147,6 +147,18 @@ def test_description_is_given_and_the_next_request_served(frontend):
     assert client.events[-1] is None
 
 
+def test_description_that_is_repeated_for_ever_is_logged(frontend, monkeypatch, caplog):
+    monkeypatch.setattr("pagetier.handler.service._REPEATED_DESCRIPTION_SECONDS", 0.0)
+    frontend.describe()
+    frontend.call()
+    description = frontend.describe()
+    frontend.call()
+    assert "restart TorchServe" not in caplog.text
+    frontend.jobs[description.request_id] = Client(description.request_id, description.message)
+    frontend.call()
+    assert "restart TorchServe" in caplog.text
+
+
 def test_idle_call_answers_nothing(frontend):
     client = frontend.send("v1/completions", {**STREAM, "max_tokens": 4000})
     frontend.call()
@@ -192,7 +204,7 @@ def test_killed_engine_is_told_to_clients_and_ends_the_worker(frontend, monkeypa
 
 _WORKER = """
 import sys, time
-from support.frontend import Frontend
+from support.frontend import Client, Frontend
 from test_service import FakeEngineHandler
 handler = FakeEngineHandler()
 handler.engine_builder = sys.argv[2]

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -125,6 +126,29 @@ class Management:
         )
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+
+def test_customized_description_is_answered_and_holds_nothing_up(server):
+    """TorchServe's frontend described such a model for ever, and it served no more."""
+    manage = Management(server.server)
+    text = complete(server.client, "Return the", max_tokens=8).choices[0].text
+    for _ in range(2):
+        [described] = manage("GET", f"/{NAME}", customized="true")
+        assert described["customizedMetadata"]["max_model_len"] == 1024
+        again = complete(server.client, "Return the", max_tokens=8, timeout=10)
+        assert again.choices[0].text == text
+
+
+def test_customized_description_waits_for_a_stream_that_runs(server):
+    manage = Management(server.server)
+    alone = complete(server.client, "Return the", max_tokens=200).choices[0].text
+    stream = complete(server.client, "Return the", max_tokens=200, stream=True)
+    first = next(stream).choices[0].text
+    with ThreadPoolExecutor(1) as threads:
+        described = threads.submit(manage, "GET", f"/{NAME}", customized="true")
+        text = first + "".join(c.choices[0].text for c in stream if c.choices)
+        assert described.result(10)[0]["customizedMetadata"]["model"] == NAME
+    assert text == alone
 
 
 def test_model_is_scaled_to_zero_and_back(tmp_path):
