@@ -228,27 +228,31 @@ class KVCacheManager:
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Make room for ``num_tokens`` in all and make the next slot writable; False if no room."""
+        """Make room for ``num_tokens`` in all and make the next slot writable; False if no room.
+
+        Not needed up to ``sequence.num_writable_tokens``.
+        """
         table = sequence.block_tables[0]
         num_new = self.num_blocks_for(num_tokens) - len(table)
         if self._must_copy(sequence) and not self._copy_on_write(sequence, max(num_new, 0)):
             return False
-        if num_new <= 0:
-            return True
-        fresh = self.gpu.allocate(num_new)
-        if fresh is None:
-            return False
-        table.extend(fresh)
+        if num_new > 0:
+            fresh = self.gpu.allocate(num_new)
+            if fresh is None:
+                return False
+            table.extend(fresh)
+        sequence.num_writable_tokens = len(table) * self.block_size
         return True
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let ``child`` share all of the parent's blocks, the partly filled last one too.
+        """Let ``child`` share the parent's computed blocks, the partly filled last one too.
 
         Whoever writes into that one next gets a copy of it, as long as another holds it.
         """
-        table = parent.block_tables[0]
+        table = parent.block_tables[0][: self.num_blocks_for(parent.num_computed_tokens)]
         self.gpu.share(table)
-        child.block_tables = [list(table)]
+        child.block_tables = [table]
+        parent.num_writable_tokens = child.num_writable_tokens = 0
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_published_blocks = parent.num_published_blocks
 
@@ -401,6 +405,12 @@ class KVCacheManager:
                     held[block_id] += 1
             for block_id, count in enumerate(held):
                 assert pool.num_references(block_id) == count, (block_id, count)
+        for sequence in sequences:
+            first = sequence.num_computed_tokens // self.block_size
+            for table in sequence.block_tables:
+                for block_id in table[first : sequence.num_writable_tokens // self.block_size]:
+                    assert self._num_holders(block_id) == 1, (sequence.sequence_id, block_id)
+                    assert self.gpu.hash_of(block_id) is None, (sequence.sequence_id, block_id)
 
     # --- helpers ---
 
@@ -469,6 +479,7 @@ class KVCacheManager:
         for table in sequence.block_tables:
             self.gpu.release(reversed(table))
         sequence.block_tables = []
+        sequence.num_writable_tokens = 0
         sequence.num_computed_tokens = 0
         sequence.num_published_blocks = 0
 

@@ -87,33 +87,33 @@ class Scheduler(SequenceBook):
         Decodes never wait for prefills: their share of the budget is set aside. Also returns
         whether somebody stalled for want of blocks.
         """
-        shares = []
+        scheduled = []
         stalled = False
-        num_decoding = sum(s.num_uncomputed_tokens == 1 for s in self.running)
-        prefill_budget = self.config.max_num_batched_tokens - num_decoding
-        position = 0
-        while position < len(self.running):
-            sequence = self.running[position]
-            num_tokens = self._num_wanted(sequence)
-            if sequence.num_uncomputed_tokens > 1:
-                num_tokens = self._limit_logprobs(sequence, min(num_tokens, prefill_budget))
+        wanted = [self._num_wanted(sequence) for sequence in self.running]
+        prefill_budget = self.config.max_num_batched_tokens - wanted.count(1)
+        for sequence, num_tokens in zip(list(self.running), wanted, strict=True):
+            if sequence.status is not SequenceStatus.RUNNING:
+                break  # preempted since, as are all behind it
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, prefill_budget)
                 prefill_budget -= num_tokens
+            if sequence.params.prompt_logprobs is not None:
+                num_tokens = self._limit_logprobs(sequence, num_tokens)
             if num_tokens == 0:
-                position += 1
                 continue
-            # After a stall, those behind may use slots they have, but take no block that the
-            # stalled one waits for.
             target = sequence.num_computed_tokens + num_tokens
-            if stalled:
-                has_room = self.manager.num_missing_for(sequence, target) == 0
-            else:
-                has_room = self._make_room(sequence, target)
-                stalled = not has_room
-            if has_room:
-                shares.append(self._share(sequence, num_tokens))
-            if sequence.status is SequenceStatus.RUNNING:
-                position += 1
-        return shares, stalled
+            if target > sequence.num_writable_tokens:
+                # After a stall, those behind may use slots they have, but take no block that the
+                # stalled one waits for.
+                if stalled:
+                    has_room = self.manager.num_missing_for(sequence, target) == 0
+                else:
+                    has_room = self._make_room(sequence, target)
+                    stalled = not has_room
+                if not has_room:
+                    continue
+            scheduled.append(self._share(sequence, num_tokens))
+        return scheduled, stalled
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Grow a running sequence, preempting later ones; False if it must wait for copies."""
@@ -188,7 +188,7 @@ class Scheduler(SequenceBook):
 
     def _reservation(self, sequence: Sequence) -> int:
         """Tokens that a sequence needs room for before it starts: what it has, and one more."""
-        return min(sequence.num_tokens + 1, self._max_tokens(sequence))
+        return min(sequence.num_tokens + 1, sequence.max_num_tokens)
 
     def _admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         self.waiting.remove(sequence)
@@ -237,13 +237,16 @@ class Scheduler(SequenceBook):
         if sequence.group is not None and sequence.group.num_unborn:
             # The others fork from it before the last token of the prompt, which each computes.
             return max(sequence.num_prompt_tokens - 1 - sequence.num_computed_tokens, 0)
-        if sequence.num_tokens + sequence.num_in_flight >= self._max_tokens(sequence):
+        num_tokens = len(sequence.token_ids) + sequence.num_in_flight
+        if num_tokens >= sequence.max_num_tokens:
             return 0
-        return sequence.num_uncomputed_tokens
+        return num_tokens - sequence.num_computed_tokens
 
     def _share(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-        samples = num_tokens == sequence.num_uncomputed_tokens
         start = sequence.num_computed_tokens
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        if sequence.params.prompt_logprobs is None:
+            return ScheduledSequence(sequence, start, num_tokens, samples)
         first, end = self._prompt_logprobs(sequence, num_tokens)
         self._prompt_logprobs_room -= end - first
         return ScheduledSequence(sequence, start, num_tokens, samples, (first, end))
@@ -355,9 +358,8 @@ class Scheduler(SequenceBook):
             sequence = share.sequence
             sequence.num_computed_tokens += share.num_tokens
             sequence.num_in_flight += share.samples
-            sequence.num_prompt_logprobs = max(
-                sequence.num_prompt_logprobs, share.prompt_logprobs[1]
-            )
+            if share.prompt_logprobs[1]:
+                sequence.num_prompt_logprobs = share.prompt_logprobs[1]
             if share.num_tokens > 1:  # a decode's token is not known yet
                 self.manager.publish_computed(sequence)
         if plan.scheduled:
@@ -380,8 +382,8 @@ class Scheduler(SequenceBook):
 
     def _num_filled_slots(self, holders: list[Sequence]) -> int:
         """Slots with a token in them; blocks shared by several sequences are counted once."""
-        num_filled = sum(s.num_computed_tokens for s in holders)
-        num_held = sum(len(s.block_tables[0]) for s in holders)
+        num_filled = sum([s.num_computed_tokens for s in holders])
+        num_held = sum([len(s.block_tables[0]) for s in holders])
         # Only full blocks are shared for longer than a step.
         num_shared = num_held - self.manager.gpu.num_referenced
         return num_filled - max(num_shared, 0) * self.config.block_size

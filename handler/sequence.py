@@ -22,6 +22,7 @@ FINISHED   holds nothing
 import copy
 import enum
 import secrets
+import sys
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,6 +109,7 @@ class Sequence:
         "group",
         "index",
         "is_lockstep",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
@@ -117,6 +119,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_published_blocks",
         "num_swapped_tokens",
+        "num_writable_tokens",
         "params",
         "priority",
         "prompt_logprobs",
@@ -130,7 +133,7 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: AddRequest, arrival: int) -> None:
+    def __init__(self, request: AddRequest, arrival: int, max_model_len: int | None = None) -> None:
         params = request.params
         self.request_id = request.request_id
         self.params = params
@@ -144,6 +147,11 @@ class Sequence:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        # The length at which it ends, prompt included.
+        self.max_num_tokens = sys.maxsize if max_model_len is None else max_model_len
+        if params.max_tokens is not None:
+            most = self.num_prompt_tokens + params.max_tokens
+            self.max_num_tokens = min(most, self.max_num_tokens)
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.num_cached_tokens = 0
@@ -171,6 +179,8 @@ class Sequence:
         self.num_swapped_tokens = 0  # tokens that ``swapped_blocks`` hold
         self.block_hashes: list[bytes] = []  # chained content hashes of full blocks of known tokens
         self.num_published_blocks = 0  # leading blocks of the table whose hashes were published
+        # Its next slots below this one are its own: nobody else reads them.
+        self.num_writable_tokens = 0
 
     def fork(self, index: int) -> "Sequence":
         """A sequence of the same request with the same tokens, without blocks, row or tokens in
@@ -184,6 +194,7 @@ class Sequence:
         child.prompt_logprobs = []
         child.block_tables, child.swapped_blocks = [], []
         child.num_swapped_tokens = child.num_computed_tokens = child.num_published_blocks = 0
+        child.num_writable_tokens = 0
         child.num_in_flight = child.num_overtaken = 0
         child.row = -1
         child.status = SequenceStatus.WAITING

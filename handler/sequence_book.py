@@ -71,13 +71,13 @@ class SequenceBook:
                 "that are allowed (max_num_queued_reqs); try again later."
             )
         assert request.request_id not in self._sequences, request.request_id
-        sequence = Sequence(request, self._num_arrived)
+        sequence = Sequence(request, self._num_arrived, self.max_model_len)
         self._num_arrived += 1
         self._sequences[request.request_id] = [sequence]
         params = request.params
         if params.num_sequences > 1 or params.use_beam_search:
-            num_prompt_tokens = sequence.num_prompt_tokens
-            SequenceGroup(request, self._max_tokens(sequence) - num_prompt_tokens).adopt(sequence)
+            num_new = sequence.max_num_tokens - sequence.num_prompt_tokens
+            SequenceGroup(request, num_new).adopt(sequence)
         if constraint is not None:
             sequence.constraint = constraint
             sequence.is_lockstep = True
@@ -138,7 +138,7 @@ class SequenceBook:
         """Take in the tokens of a collected step; tokens of ended sequences are discarded."""
         outputs = []
         block_size = self.config.block_size
-        scored = [share.sequence for share in plan.scheduled if any(share.prompt_logprobs)]
+        scored = [share.sequence for share in plan.scheduled if share.prompt_logprobs[1]]
         for sequence, prompt_logprobs in zip(scored, result.prompt_logprobs, strict=True):
             sequence.prompt_logprobs += prompt_logprobs
         sampled = [share.sequence for share in plan.scheduled if share.samples]
@@ -180,21 +180,22 @@ class SequenceBook:
                 or constraint.has_eos
                 or sequence.stop_reason is not None,
             )
-            group = sequence.group
-            outputs += [output] if group is None else group.pass_on(output)
+            if sequence.group is None:
+                outputs.append(output)
+            else:
+                outputs += sequence.group.pass_on(output)
             if finish_reason is not None:
                 self._finish(sequence, finish_reason)
-            elif sequence.block_tables and sequence.num_tokens >= block_size * (
-                sequence.num_published_blocks + 1
-            ):
+            elif len(sequence.token_ids) >= block_size * (sequence.num_published_blocks + 1):
                 self.manager.publish_computed(sequence)
         return outputs
 
     @staticmethod
     def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
         """What goes out with a request's first output's first token, if it was asked for."""
-        is_first = sequence.index == 0 and sequence.num_output_tokens == 1
-        if sequence.params.prompt_logprobs is None or not is_first:
+        if sequence.params.prompt_logprobs is None:
+            return None
+        if sequence.index != 0 or sequence.num_output_tokens != 1:
             return None
         taken, sequence.prompt_logprobs = sequence.prompt_logprobs, []
         return taken
@@ -202,12 +203,13 @@ class SequenceBook:
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         if token_id in sequence.eos_token_ids:
             return "stop"
-        if token_id in (sequence.params.stop_token_ids or ()):
+        stop_token_ids = sequence.params.stop_token_ids
+        if stop_token_ids and token_id in stop_token_ids:
             sequence.stop_reason = token_id
             return "stop"
         if sequence.constraint is not None and sequence.constraint.is_complete:
             return "stop"
-        return "length" if sequence.num_tokens >= self._max_tokens(sequence) else None
+        return "length" if sequence.num_tokens >= sequence.max_num_tokens else None
 
     def _advance_beams(self, group: SequenceGroup) -> list[RequestOutput]:
         """Go on with the best continuations of all beams, or end the search."""
@@ -283,12 +285,6 @@ class SequenceBook:
         return notices
 
     # --- moves between queues ---
-
-    def _max_tokens(self, sequence: Sequence) -> int:
-        """The length at which the sequence ends, prompt included."""
-        if sequence.params.max_tokens is None:
-            return self.max_model_len
-        return min(sequence.num_prompt_tokens + sequence.params.max_tokens, self.max_model_len)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.move_to(SequenceStatus.RUNNING)
