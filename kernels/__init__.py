@@ -22,6 +22,7 @@ __all__ = [
     "AttentionMetadata",
     "copy_blocks",
     "gather_blocks",
+    "linear",
     "paged_attention",
     "scatter_blocks",
     "transfer_blocks",
@@ -79,3 +80,4 @@ copy_blocks = _operation(reference.copy_blocks)
 gather_blocks = _operation(reference.gather_blocks)
 scatter_blocks = _operation(reference.scatter_blocks)
 transfer_blocks = _operation(reference.transfer_blocks)
+linear = _operation(reference.linear)

@@ -64,28 +64,37 @@ class Entry:
 Table = Mapping[str, Sequence[Entry]]
 
 
-def settings(operation: str, device: torch.device, **shape: Any) -> Settings:
+def settings(
+    operation: str, device: torch.device, *, otherwise: Settings | None = None, **shape: Any
+) -> Settings:
     """The settings of an operation on ``device`` for a shape; the same read-only mapping each time.
 
     Args:
         operation: its name in the tables.
         device: where it runs; all but CUDA devices get the defaults.
+        otherwise: what to return if no table has an entry for this shape.
         **shape: what entries may choose by: integers and strings.
 
     Raises:
-        LookupError: no table has an entry for this shape.
+        LookupError: no table has an entry for this shape, and there is no ``otherwise``.
     """
-    return _find(operation, families(device), tuple(shape.items()))
+    tables = families(device)
+    found = _find(operation, tables, tuple(shape.items())) or otherwise
+    if found is None:
+        raise LookupError(f"No table of {tables} has settings of {operation} for {shape}.")
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _find(operation: str, tables: tuple[str, ...], shape: tuple[tuple[str, Any], ...]) -> Settings:
+def _find(
+    operation: str, tables: tuple[str, ...], shape: tuple[tuple[str, Any], ...]
+) -> Settings | None:
     by_name = dict(shape)
     for table in (*_overriding, *_of_user(), *map(packaged, tables)):
         for entry in table.get(operation, ()):
             if entry.matches(by_name):
                 return entry.use
-    raise LookupError(f"No table of {tables} has settings of {operation} for {by_name}.")
+    return None
 
 
 def families(device: torch.device) -> tuple[str, ...]:

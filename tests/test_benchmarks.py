@@ -131,7 +131,7 @@ def test_every_kernel_case_runs_at_a_toy_size(tmp_path):
     peer = tmp_path / "flash_attn_interface.py"
     peer.write_text("def _fwd(q, k, v, out, starts, _, used, *more): assert k.shape == v.shape\n")
     done = run_module(
-        "kernels", "--device", "cpu", "--tiny", "--out", tmp_path,
+        "kernels", "--device", "cpu", "--tiny", "--tune", "--out", tmp_path,
         TRITON_INTERPRET="1", PYTHONPATH=f"{ROOT / 'src'}:{tmp_path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -141,6 +141,8 @@ def test_every_kernel_case_runs_at_a_toy_size(tmp_path):
         assert done.stdout.count("\n" + operation) == 1
         notes = [row["note"] for row in rows if "note" in row]
         assert all(note.startswith("skipped: ") for note in notes), notes
+    tuned = json.loads((tmp_path / "tuned_cpu.json").read_text())["operations"]
+    assert [entry["when"]["num_tokens"] for entry in tuned["linear"]] == [[1, 1], [9, 16]]
     written = json.loads((tmp_path / "kernels_attention_cpu.json").read_text())
     assert written["ceilings"]["read_triton"] > 0
     assert all("FA3 us" in row for row in written["results"] if "note" not in row)

@@ -5,7 +5,6 @@ one, so that nothing measured is lost. Knows nothing of any operation.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import logging
 import os
@@ -19,6 +18,7 @@ import torch
 from benchmarks import record
 from benchmarks.kernels.ceilings import Ceilings
 from benchmarks.kernels.timing import Launch, seconds_each
+from pagetier.kernels import tuning
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,9 @@ class Bench:
         """bf16; Triton's interpreter multiplies it wrongly, so fp16 where that could serve."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float16
 
-    def seconds(
-        self, launches: Sequence[Launch], *, graph: bool = True, replays: int = 15
-    ) -> float:
-        """Seconds of one of ``launches``; see ``timing.seconds_each``."""
-        return seconds_each(launches, self.device, graph=graph, replays=replays)
+    def seconds(self, launches: Sequence[Launch], **how: Any) -> float:
+        """Seconds of one of ``launches``; ``how`` as of ``timing.seconds_each``."""
+        return seconds_each(launches, self.device, **how)
 
     def num_sets(self, set_bytes: int, *, most: int = 64) -> int:
         """How many sets of a case's data exceed the L2 cache together."""
@@ -111,6 +109,15 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference, of that of ``expected``."""
     expected = expected.float()
     return float((actual.float() - expected).norm() / expected.norm())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What tuning found for some shapes: settings, and the measurements that speak for them."""
+
+    operation: str
+    entry: tuning.Entry
+    figures: Figures
 
 
 @dataclasses.dataclass
@@ -199,12 +206,3 @@ def _device_answers(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@functools.cache
-def device_slug(device: torch.device) -> str:
-    """The device's name as part of a file's name."""
-    if device.type != "cuda":
-        return device.type
-    words = torch.cuda.get_device_name(device).lower().replace("nvidia", "").split()
-    return "_".join(word for word in words if word != "geforce")

@@ -14,13 +14,16 @@ import torch
 
 Launch = Callable[[], Any]
 
-# A replay this long makes its own start, some microseconds, negligible.
-_REPLAY_SECONDS = 2e-3
 _MAX_LAUNCHES = 2000
 
 
 def seconds_each(
-    launches: Sequence[Launch], device: torch.device, *, replays: int = 15, graph: bool = True
+    launches: Sequence[Launch],
+    device: torch.device,
+    *,
+    replays: int = 15,
+    replay_seconds: float = 2e-3,
+    graph: bool = True,
 ) -> float:
     """Seconds of one launch.
 
@@ -29,6 +32,8 @@ def seconds_each(
         device: where they run; on a CPU, the first is run once and timed by the clock, which shows
             only that it runs.
         replays: measurements, of which the median counts.
+        replay_seconds: launches are repeated in a replay until it is about this long, so that its
+            own start, some microseconds, is negligible.
         graph: whether they are captured in a CUDA graph; if not, starting them counts too.
     """
     if device.type != "cuda":
@@ -39,7 +44,7 @@ def seconds_each(
         launch()
     # The first round compiled; this one tells how often to repeat in a replay.
     passed = _elapsed(lambda: [launch() for launch in launches])
-    rounds = max(1, math.ceil(_REPLAY_SECONDS / passed)) if passed > 0 else 1
+    rounds = max(1, math.ceil(replay_seconds / passed)) if passed > 0 else 1
     rounds = max(1, min(rounds, _MAX_LAUNCHES // len(launches)))
     repeated = [launch for _ in range(rounds) for launch in launches]
 

@@ -16,10 +16,12 @@ from pagetier.kernels.reference.block_copy import (
     transfer_blocks,
 )
 from pagetier.kernels.reference.kv_write import write_kv
+from pagetier.kernels.reference.projection import linear
 
 __all__ = [
     "copy_blocks",
     "gather_blocks",
+    "linear",
     "paged_attention",
     "scatter_blocks",
     "transfer_blocks",
