@@ -1,7 +1,8 @@
 """Paged attention as one Triton kernel: decodes and prompts, any prefix, read from the blocks.
 
-Owns the kernel, how a batch is cut into tiles, and the launch settings. Knows nothing of models or
-of who owns a block. The reference is ``reference.paged_attention``.
+Owns the kernel, how rows of a tile map to queries and heads, and its launch. Knows nothing of
+models or of who owns a block; ``attention_items`` cuts a step into items. The reference is
+``reference.paged_attention``.
 
 Formula. For a query at position ``i`` of its sequence, over positions ``j <= i`` (and
 ``j > i - window``, with a window)::
@@ -9,190 +10,327 @@ Formula. For a query at position ``i`` of its sequence, over positions ``j <= i`
     out = sum_j softmax_j(cap(scale * q . k_j)) v_j,    cap(x) = softcap * tanh(x / softcap)
 
 where a sink adds ``exp(sink)`` to the softmax's denominator. It is computed in one pass with a
-running maximum, in base 2 and fp32.
+running maximum, in base 2 and fp32. Quantised keys and values are multiplied by their scales where
+that is cheapest: scores by a key's, weights by a value's.
 
-Grid ``(tiles, kv_heads, splits)``. A tile is up to ``QUERIES`` neighbouring tokens of one sequence
-with all query heads of one KV head: ``QUERIES * GROUP`` rows that share every key they read. A
-decode is a tile of one token. For few and long sequences the keys of a tile are split among
-programs; the last one to finish combines their partial results (the splitting of Flash-Decoding,
-Dao et al. 2023), so that one launch does it all.
+Grid ``(kv_heads, items)``, heads first: what the heads of a block hold is contiguous, so programs
+that run together read whole pieces of a page. A program has up to ``QUERIES`` neighbouring tokens
+of one sequence with all query heads of one KV head: ``QUERIES * GROUP`` rows that share every key
+they read. A decode is one token. The positions of a long sequence may be divided among items; the
+program that ends last combines their partial results (the splitting of Flash-Decoding, Dao et al.
+2023), so that one launch does it all.
 
 Reads stay inside a sequence: no slot at or beyond its length is loaded, and with a window no block
 outside of it.
 """
 
 import dataclasses
+import functools
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from pagetier.kernels.metadata import AttentionMetadata, IntArray, upload
+from pagetier.kernels import tuning
+from pagetier.kernels.attention_items import FIELDS, Items, decode_items, prefill_items
+from pagetier.kernels.metadata import AttentionMetadata
 
 # Rows of a tile: tl.dot takes no fewer than 16.
 _MIN_ROWS = 16
-_PREFILL_ROWS = 64
-_KEYS_PER_ROUND = 64
-_MAX_SPLITS = 32
-# Keys of a split, at least: below, combining costs more than it gains.
-_MIN_SPLIT_KEYS = 256
-# Programs that are launched if splitting can make so many, for each multiprocessor.
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+# Elements of partial results that a program combines at once; more would not fit its registers.
+_COMBINED_ELEMENTS = 8192
 _MULTIPROCESSORS_OF_UNKNOWN_DEVICE = 64
 
 
 @triton.jit
+def _attend(
+    q, maximum, total, mixed, first, end, last,
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+    k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+    k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
+    KEY_DIM: tl.constexpr, KEY_DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    BOUNDED: tl.constexpr, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """Take in positions ``[first, end)``, those below ``last``, into the running softmax.
+
+    ``BOUNDED`` says that some may be at or beyond ``last``, ``CAUSAL`` and ``HAS_WINDOW`` that some
+    rows may not see some of them.
+    """
+    key_dim = tl.arange(0, KEY_DIM_PADDED)
+    value_dim = tl.arange(0, VALUE_DIM_PADDED)
+    for start in range(first, end, KEYS):
+        at = start + tl.arange(0, KEYS)
+        readable = at < last
+        if BOUNDED:
+            block = tl.load(table_ptr + at // BLOCK_SIZE, mask=readable, other=0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + at // BLOCK_SIZE).to(tl.int64)
+        slot = at % BLOCK_SIZE
+        k_at = k_ptr + (block * k_stride_block + slot * k_stride_slot)[None, :] + key_dim[:, None]
+        v_at = v_ptr + (block * v_stride_block + slot * v_stride_slot)[:, None] + value_dim[None, :]
+        if BOUNDED or KEY_DIM != KEY_DIM_PADDED:
+            k = tl.load(k_at, mask=readable[None, :] & (key_dim < KEY_DIM)[:, None], other=0.0)
+        else:
+            k = tl.load(k_at)
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        if QUANTISED:
+            k_scale = tl.load(
+                k_scale_ptr + block * k_scale_stride_block + slot * k_scale_stride_slot,
+                mask=readable,
+                other=0.0,
+            )
+            scores = scores * k_scale[None, :]
+        if HAS_SOFTCAP:
+            # tanh by way of exp, which every Triton has. The scale holds log2(e) already.
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(2.0 * scores / softcap) + 1.0))
+            scores = scores * 1.4426950408889634
+        if CAUSAL or HAS_WINDOW or BOUNDED:
+            visible = readable[None, :]
+            if CAUSAL:
+                visible = visible & (at[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                visible = visible & (at[None, :] > position[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        shift = new_maximum
+        if CAUSAL or HAS_WINDOW:
+            # A row that has seen nothing yet would compute inf - inf.
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(maximum - shift)
+        total = total * decay + tl.sum(weights, 1)
+        if BOUNDED or VALUE_DIM != VALUE_DIM_PADDED:
+            v = tl.load(v_at, mask=readable[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
+        else:
+            v = tl.load(v_at)
+        if QUANTISED:
+            v_scale = tl.load(
+                v_scale_ptr + block * v_scale_stride_block + slot * v_scale_stride_slot,
+                mask=readable,
+                other=0.0,
+            )
+            weights = weights * v_scale[None, :]
+        mixed = mixed * decay[:, None]
+        mixed = tl.dot(weights.to(q.dtype), v.to(q.dtype), mixed, input_precision="ieee")
+        maximum = new_maximum
+    return maximum, total, mixed
+
+
+@triton.jit
+def _finish(
+    maximum, total, mixed, sinks_ptr, out_ptr, row, query, num_queries, kv_head,
+    out_stride_token, out_stride_head,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Divide by the softmax's denominator and write what rows of real queries and heads hold.
+
+    ``out_ptr`` points to the first query's token.
+    """
+    in_group = row % GROUP_PADDED
+    head = kv_head * GROUP + in_group
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=in_group < GROUP, other=0.0).to(tl.float32)
+        sink = sink * 1.4426950408889634
+        new_maximum = tl.maximum(maximum, sink)
+        decay = tl.exp2(maximum - new_maximum)
+        mixed = mixed * decay[:, None]
+        total = total * decay + tl.exp2(sink - new_maximum)
+    result = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+    value_dim = tl.arange(0, VALUE_DIM_PADDED)
+    row_ok = (query < num_queries) & (in_group < GROUP)
+    at = out_ptr + (query.to(tl.int64) * out_stride_token + head * out_stride_head)[:, None]
+    tl.store(
+        at + value_dim[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=row_ok[:, None] & (value_dim < VALUE_DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def _paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, sinks_ptr,
-    block_tables_ptr, seq_lens_ptr, query_start_loc_ptr, tile_sequences_ptr, tile_offsets_ptr,
-    partial_ptr, statistics_ptr, counters_ptr,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, sinks_ptr,
+    block_tables_ptr, items_ptr, partial_ptr, statistics_ptr, counters_ptr,
     scale, softcap, window,
     q_stride_token, q_stride_head,
     k_stride_block, k_stride_head, k_stride_slot,
     v_stride_block, v_stride_head, v_stride_slot,
+    k_scale_stride_block, k_scale_stride_head, k_scale_stride_slot,
+    v_scale_stride_block, v_scale_stride_head, v_scale_stride_slot,
     out_stride_token, out_stride_head, table_stride,
-    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, QUERIES: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     KEY_DIM: tl.constexpr, KEY_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, FIELDS: tl.constexpr, COMBINED: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = QUERIES * GROUP_PADDED
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    sequence = tl.load(tile_sequences_ptr + tile).to(tl.int64)
-    offset = tl.load(tile_offsets_ptr + tile)
-    query_start = tl.load(query_start_loc_ptr + sequence)
-    query_len = tl.load(query_start_loc_ptr + sequence + 1) - query_start
-    seq_len = tl.load(seq_lens_ptr + sequence)
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    if item >= tl.load(items_ptr):
+        return
+    fields = items_ptr + (1 + item) * FIELDS
+    sequence = tl.load(fields).to(tl.int64)
+    token = tl.load(fields + 1).to(tl.int64)
+    first = tl.load(fields + 2)
+    last = tl.load(fields + 3)
+    first_position = tl.load(fields + 4)
+    num_queries = tl.load(fields + 5)
+    first_item = tl.load(fields + 6)
+    num_items = tl.load(fields + 7)
 
-    rows = tl.arange(0, ROWS)
-    query = offset + rows // GROUP_PADDED
-    in_group = rows % GROUP_PADDED
-    row_ok = (query < query_len) & (in_group < GROUP)
-    position = seq_len - query_len + query
-    head = kv_head * GROUP + in_group
-    token = (query_start + query).to(tl.int64)
-
+    row = tl.arange(0, ROWS)
+    query = row // GROUP_PADDED
+    in_group = row % GROUP_PADDED
+    position = first_position + query
     key_dim = tl.arange(0, KEY_DIM_PADDED)
-    value_dim = tl.arange(0, VALUE_DIM_PADDED)
+    row_ok = (query < num_queries) & (in_group < GROUP)
+    q_row = (token + query) * q_stride_token + (kv_head * GROUP + in_group) * q_stride_head
     q = tl.load(
-        q_ptr + token[:, None] * q_stride_token + head[:, None] * q_stride_head + key_dim[None, :],
+        q_ptr + q_row[:, None] + key_dim[None, :],
         mask=row_ok[:, None] & (key_dim < KEY_DIM)[None, :],
         other=0.0,
     )
-
-    # The tile's last query sees up to its own position, the first from its window on.
-    end = tl.minimum(seq_len, seq_len - query_len + offset + QUERIES)
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(seq_len - query_len + offset - window + 1, 0)
-    per_split = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), KEYS) * KEYS
-    first = begin + split * per_split
-    last = tl.minimum(end, first + per_split)
+    k_ptr += kv_head * k_stride_head
+    v_ptr += kv_head * v_stride_head
+    if QUANTISED:
+        k_scale_ptr += kv_head * k_scale_stride_head
+        v_scale_ptr += kv_head * v_scale_stride_head
+    out_ptr += token * out_stride_token
+    table_ptr = block_tables_ptr + sequence * table_stride
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, VALUE_DIM_PADDED], tl.float32)
-    for start in range(first, last, KEYS):
-        at = start + tl.arange(0, KEYS)
-        readable = at < last
-        block = tl.load(
-            block_tables_ptr + sequence * table_stride + at // BLOCK_SIZE, mask=readable, other=0
-        ).to(tl.int64)
-        slot = at % BLOCK_SIZE
-        k_row = block * k_stride_block + kv_head * k_stride_head + slot * k_stride_slot
-        k = tl.load(
-            k_ptr + k_row[None, :] + key_dim[:, None],
-            mask=readable[None, :] & (key_dim < KEY_DIM)[:, None],
-            other=0.0,
-        )
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            # tanh by way of exp, which every Triton has.
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-        visible = row_ok[:, None] & readable[None, :] & (at[None, :] <= position[:, None])
+    if QUERIES == 1:
+        # The item's positions are those that its query sees.
+        maximum, total, mixed = _attend(
+            q, maximum, total, mixed, first, last, last,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+            k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+            k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
+            KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
+            True, False, False, HAS_SOFTCAP, QUANTISED,
+        )  # fmt: skip
+    else:
+        # Most rounds are seen by all rows, and need no masks: [all_first, all_end).
+        all_first = first
         if HAS_WINDOW:
-            visible = visible & (at[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores * 1.4426950408889634, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen nothing yet would compute inf - inf.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(maximum - shift)
-        v_row = block * v_stride_block + kv_head * v_stride_head + slot * v_stride_slot
-        v = tl.load(
-            v_ptr + v_row[:, None] + value_dim[None, :],
-            mask=readable[:, None] & (value_dim < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        mixed = mixed * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        total = total * decay + tl.sum(weights, 1)
-        maximum = new_maximum
+            seen_by_all = first_position + num_queries - window
+            all_first = first + tl.cdiv(tl.maximum(seen_by_all - first, 0), KEYS) * KEYS
+            all_first = tl.minimum(all_first, last)
+            maximum, total, mixed = _attend(
+                q, maximum, total, mixed, first, all_first, last,
+                k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+                k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+                k_scale_stride_block, k_scale_stride_slot,
+                v_scale_stride_block, v_scale_stride_slot,
+                KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
+                True, True, True, HAS_SOFTCAP, QUANTISED,
+            )  # fmt: skip
+        seen_end = tl.minimum(first_position + 1, last)
+        all_end = all_first + tl.maximum(seen_end - all_first, 0) // KEYS * KEYS
+        maximum, total, mixed = _attend(
+            q, maximum, total, mixed, all_first, all_end, last,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+            k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+            k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
+            KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
+            False, False, False, HAS_SOFTCAP, QUANTISED,
+        )  # fmt: skip
+        maximum, total, mixed = _attend(
+            q, maximum, total, mixed, all_end, last, last,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+            k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+            k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
+            KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
+            True, True, HAS_WINDOW, HAS_SOFTCAP, QUANTISED,
+        )  # fmt: skip
 
-    is_last = True
-    if SPLITS > 1:
-        place = (tile * tl.num_programs(1) + kv_head).to(tl.int64)
-        row_place = (place * SPLITS + split) * ROWS + rows
-        tl.store(statistics_ptr + row_place * 2, maximum)
-        tl.store(statistics_ptr + row_place * 2 + 1, total)
-        tl.store(partial_ptr + row_place[:, None] * VALUE_DIM_PADDED + value_dim[None, :], mixed)
+    if num_items == 1:
+        _finish(
+            maximum, total, mixed, sinks_ptr, out_ptr, row, query, num_queries, kv_head,
+            out_stride_token, out_stride_head,
+            GROUP, GROUP_PADDED, VALUE_DIM, VALUE_DIM_PADDED, HAS_SINKS,
+        )  # fmt: skip
+    else:
+        # Rows that exist only because tl.dot wants 16 are not kept.
+        KEPT: tl.constexpr = QUERIES * GROUP_PADDED
+        kv_heads = tl.num_programs(0)
+        value_dim = tl.arange(0, VALUE_DIM_PADDED)
+        place = (item * kv_heads + kv_head).to(tl.int64) * KEPT + row
+        tl.store(statistics_ptr + place * 2, maximum, mask=row < KEPT)
+        tl.store(statistics_ptr + place * 2 + 1, total, mask=row < KEPT)
+        tl.store(
+            partial_ptr + place[:, None] * VALUE_DIM_PADDED + value_dim[None, :],
+            mixed,
+            mask=(row < KEPT)[:, None],
+        )
         # All of this program's stores come before its count, and the count is one thread's work.
         tl.debug_barrier()
-        num_done = tl.atomic_add(counters_ptr + place, 1, sem="acq_rel")
-        is_last = num_done == SPLITS - 1
-        if is_last:
-            tl.store(counters_ptr + place, 0)  # for the next launch
-            maximum = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            mixed = tl.zeros([ROWS, VALUE_DIM_PADDED], tl.float32)
-            for other in range(SPLITS):
-                row_place = (place * SPLITS + other) * ROWS + rows
-                other_maximum = tl.load(statistics_ptr + row_place * 2, cache_modifier=".cg")
-                other_total = tl.load(statistics_ptr + row_place * 2 + 1, cache_modifier=".cg")
-                other_mixed = tl.load(
-                    partial_ptr + row_place[:, None] * VALUE_DIM_PADDED + value_dim[None, :],
+        counter = counters_ptr + first_item * kv_heads + kv_head
+        num_done = tl.atomic_add(counter, 1, sem="acq_rel")
+        if num_done == num_items - 1:
+            tl.store(counter, 0)  # for the next launch
+            kept = tl.arange(0, KEPT)
+            all_maximum = tl.full([KEPT], float("-inf"), tl.float32)
+            all_total = tl.zeros([KEPT], tl.float32)
+            all_mixed = tl.zeros([KEPT, VALUE_DIM_PADDED], tl.float32)
+            for start in range(0, num_items, COMBINED):
+                part = start + tl.arange(0, COMBINED)
+                places = ((first_item + part) * kv_heads + kv_head).to(tl.int64) * KEPT
+                places = places[:, None] + kept[None, :]
+                ok = (part < num_items)[:, None]
+                # Past the first cache, which may hold older values.
+                maxima = tl.load(
+                    statistics_ptr + places * 2, mask=ok, other=float("-inf"), cache_modifier=".cg"
+                )
+                totals = tl.load(
+                    statistics_ptr + places * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg"
+                )
+                mixes = tl.load(
+                    partial_ptr + places[:, :, None] * VALUE_DIM_PADDED + value_dim[None, None, :],
+                    mask=ok[:, :, None],
+                    other=0.0,
                     cache_modifier=".cg",
                 )
-                new_maximum = tl.maximum(maximum, other_maximum)
+                new_maximum = tl.maximum(all_maximum, tl.max(maxima, 0))
                 shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-                decay = tl.exp2(maximum - shift)
-                other_decay = tl.exp2(other_maximum - shift)
-                mixed = mixed * decay[:, None] + other_mixed * other_decay[:, None]
-                total = total * decay + other_total * other_decay
-                maximum = new_maximum
-
-    if is_last:
-        if HAS_SINKS:
-            sink = tl.load(sinks_ptr + head, mask=in_group < GROUP, other=0.0).to(tl.float32)
-            sink = sink * 1.4426950408889634
-            new_maximum = tl.maximum(maximum, sink)
-            decay = tl.exp2(maximum - new_maximum)
-            mixed = mixed * decay[:, None]
-            total = total * decay + tl.exp2(sink - new_maximum)
-        result = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(
-            out_ptr
-            + token[:, None] * out_stride_token
-            + head[:, None] * out_stride_head
-            + value_dim[None, :],
-            result.to(out_ptr.dtype.element_ty),
-            mask=row_ok[:, None] & (value_dim < VALUE_DIM)[None, :],
-        )
+                factors = tl.exp2(maxima - shift[None, :])
+                decay = tl.exp2(all_maximum - shift)
+                all_total = all_total * decay + tl.sum(totals * factors, 0)
+                all_mixed = all_mixed * decay[:, None] + tl.sum(mixes * factors[:, :, None], 0)
+                all_maximum = new_maximum
+            _finish(
+                all_maximum, all_total, all_mixed, sinks_ptr, out_ptr,
+                kept, kept // GROUP_PADDED, num_queries, kv_head,
+                out_stride_token, out_stride_head,
+                GROUP, GROUP_PADDED, VALUE_DIM, VALUE_DIM_PADDED, HAS_SINKS,
+            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """Tiles of one launch: which sequence each is of, and its first token within the new ones."""
+class Tile:
+    """How a launch is cut; found by measuring, never while serving.
 
-    sequences: torch.Tensor
-    offsets: torch.Tensor
-    longest: int  # tokens of the longest sequence among them
+    Attributes:
+        rows: queries times heads of a program.
+        keys: positions that it reads in one round.
+        num_warps: of a program.
+        num_stages: rounds that are under way at once.
+        programs: for each multiprocessor, as many as long sequences are divided into.
+        min_keys: fewest positions of an item, if its sequence has as many.
+    """
 
-    def __len__(self) -> int:
-        return self.sequences.shape[0]
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    programs: int
+    min_keys: int
 
 
 def paged_attention(
@@ -205,6 +343,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a batch's new tokens over their sequences' cached keys and values.
@@ -213,95 +353,149 @@ def paged_attention(
     dense.
 
     Raises:
-        ValueError: shapes do not belong together, or a cache's last dimension has gaps.
+        ValueError: shapes do not belong together, a cache's last dimension has gaps, or ``scale``
+            is not positive.
     """
-    num_tokens, num_heads, key_dim = q.shape
-    _, kv_heads, block_size, value_dim = v_cache.shape
-    if num_heads % kv_heads or k_cache.shape[1:] != (kv_heads, block_size, key_dim):
+    _check(q, k_cache, v_cache, k_scale, v_scale, scale)
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if out is None:
+        out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    if metadata.num_tokens < q.shape[0]:
+        out[metadata.num_tokens :] = 0
+    group_padded = triton.next_power_of_2(q.shape[1] // k_cache.shape[1])
+    for is_decode in (True, False):
+        if (metadata.num_decodes if is_decode else metadata.num_prefills) == 0:
+            continue
+        tile = _tile(q, k_cache, v_cache, metadata, group_padded, is_decode)
+        queries = 1 if is_decode else max(tile.rows // group_padded, 1)
+        programs = tile.programs * _num_multiprocessors(q.device)
+        cut = {
+            "window": window,
+            "target_items": max(programs // k_cache.shape[1], 1),
+            "keys": tile.keys,
+            "min_keys": tile.min_keys,
+        }
+        if is_decode:
+            items = decode_items(metadata, **cut)
+        else:
+            items = prefill_items(metadata, queries=queries, **cut)
+        _launch(
+            q, k_cache, v_cache, k_scale, v_scale, out, sinks, metadata, items, tile, queries,
+            group_padded, scale, window, softcap,
+        )  # fmt: skip
+    return out
+
+
+def _launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    metadata: AttentionMetadata,
+    items: Items,
+    tile: Tile,
+    queries: int,
+    group_padded: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    kv_heads, block_size, value_dim = v_cache.shape[1:]
+    key_dim = q.shape[2]
+    kept_rows = queries * group_padded
+    value_dim_padded = _padded(value_dim)
+    partial, statistics, counters = _workspace(
+        metadata, items.max_items * kv_heads, kept_rows, value_dim_padded
+    )
+    k_scale_strides = (0, 0, 0) if k_scale is None else k_scale.stride()
+    v_scale_strides = (0, 0, 0) if v_scale is None else v_scale.stride()
+    _paged_attention_kernel[(kv_heads, items.max_items)](
+        q, k_cache, v_cache,
+        q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        out, q if sinks is None else sinks,
+        metadata.block_tables, items.rows, partial, statistics, counters,
+        # Scores are in base 2.
+        scale * 1.4426950408889634, float(softcap), window,
+        q.stride(0), q.stride(1),
+        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
+        *k_scale_strides, *v_scale_strides,
+        out.stride(0), out.stride(1), metadata.block_tables.stride(0),
+        GROUP=q.shape[1] // kv_heads, GROUP_PADDED=group_padded,
+        QUERIES=queries, ROWS=max(kept_rows, _MIN_ROWS),
+        KEY_DIM=key_dim, KEY_DIM_PADDED=_padded(key_dim),
+        VALUE_DIM=value_dim, VALUE_DIM_PADDED=value_dim_padded,
+        BLOCK_SIZE=block_size, KEYS=tile.keys, FIELDS=FIELDS,
+        COMBINED=max(_COMBINED_ELEMENTS // (kept_rows * value_dim_padded), 1),
+        HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
+        QUANTISED=k_scale is not None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    scale: float,
+) -> None:
+    kv_heads, block_size = v_cache.shape[1:3]
+    if q.shape[1] % kv_heads or k_cache.shape[1:] != (kv_heads, block_size, q.shape[2]):
         raise ValueError(
             f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and v_cache "
             f"{tuple(v_cache.shape)} do not belong together."
         )
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError("The last dimension of k_cache and v_cache must be dense.")
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    if out is None:
-        out = q.new_empty(num_tokens, num_heads, value_dim)
-    if metadata.num_tokens < num_tokens:
-        out[metadata.num_tokens :] = 0
-    group = num_heads // kv_heads
-    padded_group = triton.next_power_of_2(group)
-    for is_decode in (True, False):
-        rows = _MIN_ROWS if is_decode else _PREFILL_ROWS
-        queries = max(rows // padded_group, 1)
-        tiles = _tiles(metadata, queries, is_decode=is_decode)
-        if tiles is None:
-            continue
-        splits = _num_splits(tiles, kv_heads, window, q.device) if is_decode else 1
-        workspace = _workspace(
-            metadata, len(tiles), kv_heads, splits, queries * padded_group, value_dim, q.device
-        )
-        _paged_attention_kernel[(len(tiles), kv_heads, splits)](
-            q, k_cache, v_cache, out, q if sinks is None else sinks,
-            metadata.block_tables, metadata.seq_lens, metadata.query_start_loc,
-            tiles.sequences, tiles.offsets,
-            *workspace,
-            scale, softcap, window,
-            q.stride(0), q.stride(1),
-            k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-            v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-            out.stride(0), out.stride(1), metadata.block_tables.stride(0),
-            GROUP=group, GROUP_PADDED=padded_group, QUERIES=queries,
-            KEY_DIM=key_dim, KEY_DIM_PADDED=_padded(key_dim),
-            VALUE_DIM=value_dim, VALUE_DIM_PADDED=_padded(value_dim),
-            BLOCK_SIZE=block_size, KEYS=_keys_per_round(q.dtype, key_dim, value_dim),
-            SPLITS=splits,
-            HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
-    return out
+    if scale <= 0.0:
+        raise ValueError(f"scale must be positive, not {scale}.")
+    is_quantised = k_cache.dtype.itemsize == 1
+    for scales in (k_scale, v_scale):
+        if (scales is not None) != is_quantised:
+            raise ValueError(
+                f"A cache of {k_cache.dtype} "
+                f"{'needs' if is_quantised else 'takes no'} k_scale and v_scale."
+            )
+        if scales is not None and scales.shape != k_cache.shape[:3]:
+            raise ValueError(
+                f"k_scale and v_scale must be (blocks, kv_heads, block_size), here "
+                f"{tuple(k_cache.shape[:3])}, not {tuple(scales.shape)}."
+            )
+
+
+def _tile(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    group_padded: int,
+    is_decode: bool,
+) -> Tile:
+    """Settings for one of the two kinds of tiles of a step."""
+    kv_itemsize = k_cache.dtype.itemsize
+    row_bytes = max(_padded(q.shape[2]), _padded(v_cache.shape[3])) * kv_itemsize
+    shape = {"row_bytes": row_bytes, "kv_itemsize": kv_itemsize, "itemsize": q.dtype.itemsize}
+    if is_decode:
+        operation, rows = "decode_attention", _MIN_ROWS
+        shape["sequences"] = metadata.num_decodes
+    else:
+        operation = "prefill_attention"
+        rows = metadata.max_query_len * group_padded
+        shape["rows"] = min(triton.next_power_of_2(rows), 128)
+    return Tile(**{"rows": rows, **tuning.settings(operation, q.device, **shape)})
 
 
 def _padded(dim: int) -> int:
     return int(max(triton.next_power_of_2(dim), 16))
 
 
-def _keys_per_round(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
-    """Keys that fit into the shared memory of small cards too, with their values, twice."""
-    wide = max(_padded(key_dim), _padded(value_dim)) * dtype.itemsize
-    return 16 if wide > 512 else 32 if wide > 256 else _KEYS_PER_ROUND
-
-
-def _tiles(metadata: AttentionMetadata, queries: int, *, is_decode: bool) -> _Tiles | None:
-    """The tiles of all decodes, or of all prompts, of a step; None if there are none."""
-    key = ("tiles", queries, is_decode)
-    if key not in metadata.shared:
-        lens = np.asarray(metadata.host_query_lens, dtype=np.int64)
-        members = np.flatnonzero(lens == 1 if is_decode else lens > 1)
-        shared: _Tiles | None = None
-        if len(members):
-            counts = -(-lens[members] // queries)
-            sequences = np.repeat(members, counts)
-            starts = np.repeat(np.cumsum(counts) - counts, counts)
-            offsets = (np.arange(len(sequences)) - starts) * queries
-            arrays: list[IntArray] = [sequences.astype(np.int32), offsets.astype(np.int32)]
-            on_device = upload(arrays, metadata.seq_lens.device)
-            longest = int(metadata.host_seq_lens[members].max())
-            shared = _Tiles(on_device[0], on_device[1], longest)
-        metadata.shared[key] = shared
-    tiles: _Tiles | None = metadata.shared[key]
-    return tiles
-
-
-def _num_splits(tiles: _Tiles, kv_heads: int, window: int, device: torch.device) -> int:
-    """A power of two, so that few kernels are compiled."""
-    num_keys = min(tiles.longest, window) if window else tiles.longest
-    wanted = _num_multiprocessors(device) * _PROGRAMS_PER_MULTIPROCESSOR
-    splits = min(wanted // max(len(tiles) * kv_heads, 1), num_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
-    return 1 << max(splits, 1).bit_length() - 1
-
-
+@functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _MULTIPROCESSORS_OF_UNKNOWN_DEVICE
@@ -310,25 +504,17 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def _workspace(
-    metadata: AttentionMetadata,
-    num_tiles: int,
-    kv_heads: int,
-    splits: int,
-    rows: int,
-    value_dim: int,
-    device: torch.device,
+    metadata: AttentionMetadata, num_places: int, kept_rows: int, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Partial results, their statistics and counters; the layers of a step share them."""
-    if splits == 1:
-        empty = metadata.seq_lens  # never touched
-        return empty, empty, empty
-    key = ("workspace", num_tiles, kv_heads, splits, rows, value_dim)
-    if key not in metadata.shared:
-        num_rows = num_tiles * kv_heads * splits * rows
-        metadata.shared[key] = (
-            torch.empty(num_rows * _padded(value_dim), dtype=torch.float32, device=device),
+    key = ("workspace", num_places, kept_rows, width)
+    if key not in metadata.workspace:
+        device = metadata.seq_lens.device
+        num_rows = num_places * kept_rows
+        metadata.workspace[key] = (
+            torch.empty(num_rows * width, dtype=torch.float32, device=device),
             torch.empty(num_rows * 2, dtype=torch.float32, device=device),
-            torch.zeros(num_tiles * kv_heads, dtype=torch.int32, device=device),
+            torch.zeros(num_places, dtype=torch.int32, device=device),
         )
-    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = metadata.shared[key]
+    workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = metadata.workspace[key]
     return workspace

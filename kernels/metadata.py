@@ -60,20 +60,18 @@ class QueryGroup:
         sequences: which sequences of the batch, int64 ``(sequences,)``.
         tokens: where their new tokens are in the batch, int64 ``(sequences, query_len)``.
         query_len: new tokens of each.
-        max_seq_len: the longest of them, new tokens included.
     """
 
     sequences: torch.Tensor
     tokens: torch.Tensor
     query_len: int
-    max_seq_len: int
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
     """Where each sequence's keys and values are, and which tokens of the batch are its own.
 
-    Make it with ``build``.
+    Make it with ``build`` for a step, or with ``for_decodes`` once for many steps.
 
     Attributes:
         block_tables: block ids in order of position, int32 ``(sequences, max_blocks)``. Entries
@@ -82,27 +80,28 @@ class AttentionMetadata:
             padding row.
         query_start_loc: where each sequence's new tokens start in the batch, and the number of all
             new tokens last, int32 ``(sequences + 1,)``.
-        host_seq_lens: ``seq_lens`` on the host.
+        host_seq_lens: ``seq_lens`` on the host; None where only the device knows them
+            (``for_decodes`` on a CUDA device).
         host_query_lens: new tokens of each sequence, on the host.
         num_tokens: new tokens of the batch.
         num_decodes: sequences with exactly one new token.
         num_prefills: sequences with more than one.
         max_query_len: most new tokens of a sequence.
-        max_seq_len: longest sequence.
         shared: what an implementation works out in the first layer and keeps for the others.
+        workspace: memory that an implementation takes once and keeps; ``plan`` leaves it.
     """
 
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
-    host_seq_lens: IntArray
+    host_seq_lens: IntArray | None
     host_query_lens: IntArray
     num_tokens: int
     num_decodes: int
     num_prefills: int
     max_query_len: int
-    max_seq_len: int
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    workspace: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -148,8 +147,48 @@ class AttentionMetadata:
             num_decodes=int(np.count_nonzero(query_lens == 1)),
             num_prefills=int(np.count_nonzero(query_lens > 1)),
             max_query_len=int(query_lens.max(initial=0)),
-            max_seq_len=int(host_seq_lens.max(initial=0)),
         )
+
+    @classmethod
+    def for_decodes(cls, block_tables: torch.Tensor, seq_lens: torch.Tensor) -> "AttentionMetadata":
+        """Describe steps of one new token for each sequence, by buffers that outlive the step.
+
+        The buffers' contents may change between steps, on the device too; ``plan`` tells of it.
+        On a CUDA device nothing is asked of the host then, so that a captured graph that begins
+        with ``plan`` serves any lengths.
+
+        Args:
+            block_tables: int32 ``(sequences, max_blocks)``.
+            seq_lens: int32 ``(sequences,)``; 0 marks a padding row.
+        """
+        num_sequences = seq_lens.shape[0]
+        if block_tables.shape[0] != num_sequences:
+            raise ValueError(
+                f"block_tables {tuple(block_tables.shape)} and seq_lens {tuple(seq_lens.shape)} "
+                "are not of one batch."
+            )
+        return cls(
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            query_start_loc=torch.arange(
+                num_sequences + 1, dtype=torch.int32, device=seq_lens.device
+            ),
+            # On the CPU this is the tensor's own memory, and changes with it.
+            host_seq_lens=seq_lens.numpy() if seq_lens.device.type == "cpu" else None,
+            host_query_lens=np.ones(num_sequences, dtype=np.int32),
+            num_tokens=num_sequences,
+            num_decodes=num_sequences,
+            num_prefills=0,
+            max_query_len=min(num_sequences, 1),
+        )
+
+    def plan(self) -> None:
+        """Forget what was worked out for the step before; its first layer works it out anew.
+
+        Needed once a step after ``for_decodes``, before the first layer, and inside the captured
+        region where there is one.
+        """
+        self.shared.clear()
 
     @functools.cached_property
     def query_groups(self) -> list[QueryGroup]:
@@ -170,7 +209,6 @@ class AttentionMetadata:
                 sequences=uploaded[index],
                 tokens=uploaded[count + index],
                 query_len=tokens[index].shape[1],
-                max_seq_len=int(self.host_seq_lens[members[index]].max()),
             )
             for index in range(count)
         ]

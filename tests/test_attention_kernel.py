@@ -3,16 +3,18 @@
 The interpreter computes ``tl.dot`` of bf16 wrongly, so that dtype is for the GPU alone.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from support.attention import Batch, make_batch, naive
 
-from pagetier.kernels import attention, kv_write, reference
+from pagetier.kernels import AttentionMetadata, attention, attention_items, kv_write, reference
 from pagetier.offload.tiers import KVLayout, LayerKV
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,7 +58,14 @@ def check(batch: Batch, dtype: torch.dtype = torch.float32, **features) -> None:
     shape = (*batch.q.shape[:2], batch.v_cache.shape[3])
     out = torch.full(shape, float("nan"), dtype=dtype, device=batch.q.device)
     actual = attention.paged_attention(
-        batch.q, batch.k_cache, batch.v_cache, batch.metadata, scale=0.3, out=out, **features
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        batch.metadata,
+        scale=0.3,
+        out=out,
+        **batch.caches,
+        **features,
     )
     assert actual is out
     tolerance = TOLERANCE[dtype]
@@ -98,14 +107,25 @@ def test_softcap_and_sinks_match_naive(device):
     check(batch, softcap=0.7, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
 
 
-@pytest.mark.parametrize("splits", [2, 4, 8])
-def test_split_contexts_are_combined_by_the_last_program(splits, device, monkeypatch):
-    monkeypatch.setattr(attention, "_num_splits", lambda *_: splits)
-    # Shorter than a split, about one, and several; the second call finds the counters reset.
-    batch = make_batch([(1, 3), (1, 70), (1, 300), (2, 5)], block_size=16, device=device)
+@pytest.fixture
+def small_items(monkeypatch):
+    """Divide contexts into items of 16 positions, so that short ones are combined too."""
+    chosen = attention._tile
+
+    def tile(*args):
+        return dataclasses.replace(chosen(*args), keys=16, min_keys=16, programs=4)
+
+    monkeypatch.setattr(attention, "_tile", tile)
+
+
+@pytest.mark.parametrize("heads", [4, 6, 2])
+def test_divided_contexts_are_combined_by_the_last_program(small_items, heads, device):
+    # Shorter than an item, about one, and several; later calls find the counters reset.
+    lens = [(1, 3), (1, 70), (2, 5), (10, 50), (1, 17)]
+    batch = make_batch(lens, heads=heads, block_size=16, device=device)
     check(batch)
-    check(batch, window=40)
-    check(batch, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, 3.0])[:heads]
+    check(batch, window=40, softcap=0.7, sinks=sinks)
 
 
 def test_long_prompt_goes_in_several_tiles(device):
@@ -117,6 +137,33 @@ def test_16_bits_match_naive(dtype, device):
     if dtype is torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter computes tl.dot of bf16 wrongly")
     check(make_batch(MIXED, dtype=dtype, head_dim=16, value_dim=16, device=device), dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantised_caches_match_naive(kv_dtype, dtype, device):
+    if device == "cpu" and (dtype is torch.bfloat16 or kv_dtype is torch.float8_e4m3fn):
+        pytest.skip("Triton's interpreter computes bf16 wrongly and knows no fp8 from torch")
+    if kv_dtype is torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this device has no fp8")
+    options = {"block_size": 16, "head_dim": 32, "value_dim": 32, "device": device}
+    check(make_batch(MIXED, dtype=dtype, kv_dtype=kv_dtype, **options), dtype)
+    windowed = make_batch(MIXED, dtype=dtype, kv_dtype=kv_dtype, window=5, **options)
+    check(windowed, dtype, window=5)
+
+
+def test_scales_must_come_with_a_quantised_cache_and_with_no_other(device):
+    batch = make_batch([(1, 4)], device=device)
+    scales = torch.ones(batch.k_cache.shape[:3], device=device)
+    args = (batch.q, batch.k_cache, batch.v_cache, batch.metadata)
+    with pytest.raises(ValueError, match="takes no k_scale"):
+        attention.paged_attention(*args, scale=1.0, k_scale=scales, v_scale=scales)
+    batch = make_batch([(1, 4)], kv_dtype=torch.int8, device=device)
+    args = (batch.q, batch.k_cache, batch.v_cache, batch.metadata)
+    with pytest.raises(ValueError, match="needs k_scale"):
+        attention.paged_attention(*args, scale=1.0)
+    with pytest.raises(ValueError, match="must be \\(blocks"):
+        attention.paged_attention(*args, scale=1.0, k_scale=scales[:1], v_scale=scales[:1])
 
 
 def test_padding_rows_and_padding_tokens_come_out_zero(device):
@@ -148,19 +195,71 @@ def test_queries_with_gaps_in_their_last_dimension_are_taken_too(device):
     check(batch)
 
 
-def test_splits_fill_the_device_and_are_powers_of_two():
-    lens = torch.zeros(1, dtype=torch.int32)
+@pytest.mark.parametrize("window", [0, 40])
+def test_decodes_planned_on_the_device_follow_their_lengths(window, small_items, device):
+    lens = [70, 3, 0, 130, 0]
+    batch = make_batch([(1, max(n, 1)) for n in lens], block_size=16, window=window, device=device)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
+    metadata = AttentionMetadata.for_decodes(batch.metadata.block_tables, seq_lens)
+    expected = naive(batch, 0.3, window=window).float()
+    for row, length in enumerate(lens):
+        if length == 0:
+            expected[row] = 0
+    for _ in range(2):
+        metadata.plan()
+        out = attention.paged_attention(
+            batch.q, batch.k_cache, batch.v_cache, metadata, scale=0.3, window=window
+        )
+        torch.testing.assert_close(out.cpu(), expected, atol=2e-5, rtol=2e-5)
+        # A step later in the same buffers, one row has become padding.
+        seq_lens[1] = 0
+        expected[1] = 0
 
-    def splits(num_tiles: int, longest: int, kv_heads: int = 8, window: int = 0) -> int:
-        tiles = attention._Tiles(lens.expand(num_tiles), lens, longest)
-        return attention._num_splits(tiles, kv_heads, window, torch.device("cpu"))
 
-    assert splits(256, 900) == 1
-    assert splits(1, 200) == 1
-    assert splits(1, 4096) == 16
-    assert splits(1, 100_000) == 32
-    assert splits(16, 4096) == 2
-    assert splits(1, 100_000, window=600) == 2
+def items_of(lens, *, is_decode, **cut):
+    starts = torch.tensor([0, *np.cumsum([q for q, _ in lens])], dtype=torch.int32)
+    seq_lens = torch.tensor([n for _, n in lens], dtype=torch.int32)
+    metadata = AttentionMetadata.build(torch.zeros(len(lens), 1), seq_lens, starts)
+    make = attention_items.decode_items if is_decode else attention_items.prefill_items
+    items = make(metadata, **cut)
+    count = int(items.rows[0, 0])
+    assert count <= items.max_items
+    return items.rows[1 : 1 + count].tolist()
+
+
+def test_decode_items_divide_long_contexts_evenly():
+    cut = {"is_decode": True, "window": 0, "keys": 16, "min_keys": 32}
+    lens = [(1, 100), (2, 50), (1, 0), (1, 30)]
+    # 130 positions in about 4 items: 48 each. Fields: sequence, token, first, last, position of
+    # the query, queries, first item, items.
+    assert items_of(lens, target_items=4, **cut) == [
+        [0, 0, 0, 48, 99, 1, 0, 3],
+        [0, 0, 48, 96, 99, 1, 0, 3],
+        [0, 0, 96, 100, 99, 1, 0, 3],
+        [2, 3, 0, 0, -1, 1, 3, 1],
+        [3, 4, 0, 30, 29, 1, 4, 1],
+    ]
+    assert len(items_of(lens, target_items=1000, **cut)) == 4 + 1 + 1
+    assert len(items_of(lens, target_items=1, **cut)) == 3
+    windowed = items_of([(1, 100)], target_items=4, **{**cut, "window": 20})
+    assert windowed == [[0, 0, 80, 100, 99, 1, 0, 1]]
+
+
+def test_prefill_items_come_longest_first_and_stop_at_their_last_query():
+    cut = {"is_decode": False, "queries": 4, "keys": 16, "min_keys": 16}
+    lens = [(1, 9), (6, 6), (5, 45)]
+    assert items_of(lens, target_items=1000, window=0, **cut) == [
+        [2, 11, 0, 16, 44, 1, 0, 3],
+        [2, 11, 16, 32, 44, 1, 0, 3],
+        [2, 11, 32, 45, 44, 1, 0, 3],
+        [2, 7, 0, 16, 40, 4, 3, 3],
+        [2, 7, 16, 32, 40, 4, 3, 3],
+        [2, 7, 32, 44, 40, 4, 3, 3],
+        [1, 5, 0, 6, 4, 2, 6, 1],
+        [1, 1, 0, 4, 0, 4, 7, 1],
+    ]
+    windowed = items_of(lens, target_items=1, window=3, **cut)
+    assert [row[2:4] for row in windowed] == [[38, 44], [0, 4], [2, 6], [42, 45]]
 
 
 @pytest.mark.parametrize("block_size", [1, 16])

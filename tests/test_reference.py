@@ -34,7 +34,13 @@ def check(batch: Batch, tolerance: float = 1e-5, **features: object) -> None:
     if isinstance(features.get("sinks"), torch.Tensor):
         features["sinks"] = features["sinks"].to(batch.q.device)
     actual = paged_attention(
-        batch.q, batch.k_cache, batch.v_cache, batch.metadata, scale=0.3, **features
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        batch.metadata,
+        scale=0.3,
+        **batch.caches,
+        **features,
     )
     assert actual.dtype == batch.q.dtype
     torch.testing.assert_close(
@@ -72,6 +78,12 @@ def test_layers_with_other_windows_and_sizes_share_metadata() -> None:
         for window in (0, 3, 9):
             check(wide, window=window)
             check(other, window=window)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_caches_are_multiplied_by_their_scales(kv_dtype, device):
+    check(make_batch(MIXED, kv_dtype=kv_dtype, device=device))
+    check(make_batch(MIXED, kv_dtype=kv_dtype, window=3, device=device), window=3)
 
 
 def test_softcap_bounds_scores(device: str) -> None:
@@ -142,10 +154,9 @@ def test_large_scores_do_not_overflow() -> None:
 def test_metadata_counts_what_planning_needs() -> None:
     metadata = make_batch(MIXED).metadata
     assert (metadata.num_decodes, metadata.num_prefills) == (4, 5)
-    assert (metadata.max_query_len, metadata.max_seq_len, metadata.num_tokens) == (5, 21, 24)
+    assert (metadata.max_query_len, metadata.num_tokens) == (5, 24)
     assert [group.query_len for group in metadata.query_groups] == [1, 2, 3, 5]
     assert metadata.query_groups[3].sequences.tolist() == [1, 5, 8]
-    assert metadata.query_groups[3].max_seq_len == 21
     assert metadata.query_groups[0].tokens.tolist() == [[0], [6], [10], [18]]
 
 

@@ -5,7 +5,6 @@ of prompts are floating-point operations per second, counting what the causal ma
 """
 
 import dataclasses
-import inspect
 import random
 from collections.abc import Sequence
 
@@ -166,20 +165,18 @@ def _ragged() -> Case:
     return Case("decode 128 x 100..4000", measure, (target,))
 
 
-def _quantised(kind: str, lens: Lens) -> Case:
-    """Decodes over keys and values of 8 bits: int8 with a scale per token and head, or fp8."""
+def _quantised(name: str, dtype: torch.dtype, lens: Lens) -> Case:
+    """Decodes over keys and values of 8 bits with a scale per token and head."""
 
     def measure(bench: Bench) -> Figures:
-        if "k_scale" not in inspect.signature(kernels.paged_attention).parameters:
-            raise SkipCase("paged_attention takes no k_scale")
-        if kind == "fp8" and bench.device.type != "cuda":
+        if dtype == torch.float8_e4m3fn and not _has_fp8(bench.device):
             raise SkipCase("fp8 needs compute capability 8.9")
         batch = Batch(lens).fit(bench)
         inputs = Inputs(bench, batch)
         wide = inputs.launches(inputs.k_cache, inputs.v_cache)
         wide_seconds = bench.seconds(wide)
         (keys, k_scale), (values, v_scale) = (
-            _quantise(kind, cache) for cache in (inputs.k_cache, inputs.v_cache)
+            quantise(cache, dtype) for cache in (inputs.k_cache, inputs.v_cache)
         )
         launches = inputs.launches(keys, values, k_scale=k_scale, v_scale=v_scale)
         seconds = bench.seconds(launches)
@@ -191,22 +188,23 @@ def _quantised(kind: str, lens: Lens) -> Case:
             "bf16 / ours": wide_seconds / seconds,
         }
 
-    return Case(f"{kind} KV, decode 256 x 900", measure, (Target("bf16 / ours", at_least=1.7),))
+    return Case(f"{name} KV, decode 256 x 900", measure, (Target("bf16 / ours", at_least=1.7),))
 
 
-def _quantise(kind: str, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A cache of 8 bits, and scales ``(blocks, kv_heads, block_size)`` for int8."""
-    if kind == "fp8":
-        return cache.to(torch.float8_e4m3fn), None
-    scale = cache.abs().amax(-1).float().clamp_min(1e-6) / 127
-    return (cache / scale[..., None]).round().to(torch.int8), scale
+def quantise(cache: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache of 8 bits, and its scales, float32 ``(blocks, kv_heads, block_size)``."""
+    is_int8 = dtype == torch.int8
+    scale = cache.abs().amax(-1).float().clamp_min(1e-6) / (127 if is_int8 else 448)
+    scaled = cache / scale[..., None]
+    return (scaled.round() if is_int8 else scaled).to(dtype), scale
 
 
-def _widen(cache: torch.Tensor, scale: torch.Tensor | None, bench: Bench) -> torch.Tensor:
-    wide = cache.float()
-    if scale is not None:
-        wide = wide * scale[..., None]
-    return wide.to(bench.dtype)
+def _has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _widen(cache: torch.Tensor, scale: torch.Tensor, bench: Bench) -> torch.Tensor:
+    return (cache.float() * scale[..., None]).to(bench.dtype)
 
 
 def _prompt(name: str, batch: Batch, *targets: Target, fresh: bool = False) -> Case:
@@ -255,8 +253,8 @@ def cases(_bench: Bench) -> list[Case]:
             Target(read, at_least=0.88), Target("FA3 / ours", at_least=1.1),
         ),
         _ragged(),
-        _quantised("int8", [(1, 900)] * 256),
-        _quantised("fp8", [(1, 900)] * 256),
+        _quantised("int8", torch.int8, [(1, 900)] * 256),
+        _quantised("fp8", torch.float8_e4m3fn, [(1, 900)] * 256),
         _prompt("prefill 8192", Batch([(8192, 8192)]), nine_tenths, fresh=True),
         _prompt(
             "prefill 8192, head size 64", Batch([(8192, 8192)], small), nine_tenths, fresh=True

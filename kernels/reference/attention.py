@@ -33,6 +33,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a batch's new tokens over their sequences' cached keys and values.
@@ -43,12 +45,16 @@ def paged_attention(
     Args:
         q: queries ``(tokens, heads, head_dim)``, any strides; heads is a multiple of kv_heads.
         k_cache: keys ``(blocks, kv_heads, block_size, head_dim)``.
-        v_cache: values ``(blocks, kv_heads, block_size, v_dim)``.
+        v_cache: values ``(blocks, kv_heads, block_size, v_dim)``, of the same dtype. Caches in
+            int8 or float8_e4m3fn are multiplied by their scales.
         metadata: the step's block tables and lengths.
         scale: factor of the scores.
         window: number of last positions that a token sees, itself included; 0 means all.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 means they stay.
         sinks: a score for each head that takes part in the softmax and has no value, ``(heads,)``.
+        k_scale: of each key of a quantised cache, float32 ``(blocks, kv_heads, block_size)``, any
+            strides; None for others.
+        v_scale: of each value, likewise.
         out: where to write, ``(tokens, heads, v_dim)``; None allocates it.
 
     Returns:
@@ -67,10 +73,10 @@ def paged_attention(
         metadata.shared[key] = list(_plan(metadata, *key))
     # All layers gather into the same memory: taking fresh memory for each costs a CPU more, in page
     # faults, than the copy itself.
-    buffers = metadata.shared.setdefault("buffers", ([], []))
+    buffers = metadata.workspace.setdefault("buffers", ([], []))
     for context in metadata.shared[key]:
-        keys = _gather(k_cache, context, buffers[0])
-        values = _gather(v_cache, context, buffers[1])
+        keys = _gather(k_cache, k_scale, context, buffers[0])
+        values = _gather(v_cache, v_scale, context, buffers[1])
         _clean(values, context)
         for piece in context.pieces:
             mixed = _attend(q[piece.tokens], keys, values, piece, scale, softcap, grouped_sinks)
@@ -133,6 +139,7 @@ def _plan(
 ) -> Iterator[_Context]:
     """Divide a step into products of bounded size; ``width`` is the larger of key and value."""
     device = metadata.seq_lens.device
+    assert metadata.host_seq_lens is not None, "the reference must know the lengths"
     heads = torch.arange(kv_heads, device=device)[:, None]
     for group in metadata.query_groups:
         members = np.flatnonzero(metadata.host_query_lens == group.query_len)
@@ -239,12 +246,20 @@ def _pieces(
     return pieces
 
 
-def _gather(cache: torch.Tensor, context: _Context, buffer: list[torch.Tensor]) -> torch.Tensor:
+def _gather(
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    context: _Context,
+    buffer: list[torch.Tensor],
+) -> torch.Tensor:
     """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``.
 
     ``buffer`` holds memory to gather into, or nothing yet; it may keep another piece instead.
     """
     num_blocks, kv_heads, block_size, dim = cache.shape
+    dtype = cache.dtype
+    if dtype == torch.float8_e4m3fn:
+        cache = cache.view(torch.uint8)  # which every device can select from
     row = block_size * dim
     if cache.stride()[1:] == (row, dim, 1) and cache.stride(0) % row == 0:
         # Pages of whole rows: selecting rows takes a third of the time of indexing on a CPU.
@@ -260,7 +275,11 @@ def _gather(cache: torch.Tensor, context: _Context, buffer: list[torch.Tensor]) 
     else:
         # Indexing heads too puts them before the blocks in the same copy.
         gathered = cache[context.block_ids, context.heads]
-    return gathered.view(context.block_ids.shape[0], kv_heads, -1, dim).float()
+    gathered = gathered.view(dtype).view(context.block_ids.shape[0], kv_heads, -1, dim).float()
+    if scales is not None:
+        by_position = scales[context.block_ids, context.heads]
+        gathered *= by_position.view(*gathered.shape[:3], 1)
+    return gathered
 
 
 def _clean(values: torch.Tensor, context: _Context) -> None:

@@ -20,6 +20,29 @@ class Batch:
     k_cache: torch.Tensor
     v_cache: torch.Tensor
     metadata: AttentionMetadata
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+    @property
+    def caches(self) -> dict[str, torch.Tensor | None]:
+        """Keywords of ``paged_attention`` that come from the cache."""
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+
+
+def quantised(
+    cache: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``cache`` ``(blocks, kv_heads, block_size, dim)`` in ``dtype``, its scales, and its values.
+
+    A slot of NaN stays unreadable: its scale is NaN, and what it holds means nothing.
+    """
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    # With strides of their own, as scales among the keys and values of a page have.
+    scales = torch.empty(*cache.shape[:3], 2)[..., 0]
+    scales.copy_(cache.float().abs().amax(-1) / largest)
+    scaled = (cache.float() / scales[..., None]).nan_to_num(77.0)
+    stored = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+    return stored, scales, stored.float() * scales[..., None]
 
 
 def make_batch(
@@ -33,10 +56,11 @@ def make_batch(
     window: int = 0,
     num_padding_tokens: int = 0,
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> Batch:
-    """``lens``: (new tokens, tokens in all) of each sequence."""
+    """``lens``: (new tokens, tokens in all) of each sequence; ``kv_dtype``: int8 or fp8, if any."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -51,14 +75,15 @@ def make_batch(
     free = torch.randperm(num_blocks, generator=generator).tolist()
     # Entries past a sequence's length are never used: make them ids that do not exist.
     tables = np.full((len(lens), max([1, *counts])), 10**6, dtype=np.int32)
-    keys, values, starts = [], [], [0]
+    keys, values, starts, slots = [], [], [0], []
     for row, (query_len, seq_len) in enumerate(lens):
         key, value = rand(seq_len, kv_heads, head_dim), rand(seq_len, kv_heads, value_dim)
         table = [free.pop() for _ in range(counts[row])]
         tables[row, : counts[row]] = table
+        slots.append([(table[at // block_size], at % block_size) for at in range(seq_len)])
         first_visible = max(0, seq_len - query_len - window + 1) if window else 0
         for position in range(first_visible, seq_len):
-            block, offset = table[position // block_size], position % block_size
+            block, offset = slots[row][position]
             k_cache[block, :, offset] = key[position]
             v_cache[block, :, offset] = value[position]
         keys.append(key)
@@ -66,14 +91,25 @@ def make_batch(
         starts.append(starts[-1] + query_len)
     # As a projection of q, k and v in one leaves it: a slice with strides of its own.
     q = rand(starts[-1] + num_padding_tokens, heads, 2 * head_dim)[..., :head_dim]
-    pages = pages.to(device)
-    k_cache, v_cache = layout.views(pages)[1]
+    k_scale = v_scale = None
+    if kv_dtype is None:
+        k_cache, v_cache = layout.views(pages.to(device))[1]
+    else:
+        k_cache, k_scale, true_k = quantised(k_cache, kv_dtype)
+        v_cache, v_scale, true_v = quantised(v_cache, kv_dtype)
+        for own_slots, key, value in zip(slots, keys, values, strict=True):
+            for position, (block, offset) in enumerate(own_slots):
+                key[position] = true_k[block, :, offset]
+                value[position] = true_v[block, :, offset]
+        k_cache, v_cache, k_scale, v_scale = (
+            tensor.to(device) for tensor in (k_cache, v_cache, k_scale, v_scale)
+        )
     metadata = AttentionMetadata.build(
         torch.tensor(tables, device=device),
         torch.tensor([seq_len for _, seq_len in lens], dtype=torch.int32, device=device),
         torch.tensor(starts, dtype=torch.int32, device=device),
     )
-    return Batch(q.to(device), keys, values, k_cache, v_cache, metadata)
+    return Batch(q.to(device), keys, values, k_cache, v_cache, metadata, k_scale, v_scale)
 
 
 def naive(

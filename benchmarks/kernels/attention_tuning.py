@@ -1,0 +1,191 @@
+"""Finds attention's launch settings for the present device, by measuring.
+
+Owns the candidates and the batches that they are measured on. Each candidate is compiled in a
+process of its own first, many at a time, since compiling takes a hundred times as long as
+measuring; then all are timed one after the other in this process.
+"""
+
+import concurrent.futures
+import itertools
+import logging
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.attention import Batch, Heads, Inputs, quantise
+from benchmarks.kernels.bench import Bench
+from pagetier.kernels import tuning
+
+logger = logging.getLogger(__name__)
+
+Tile = dict[str, int]
+
+_DECODE_CLASSES: dict[str, tuple[tuple[int, int], list[Batch]]] = {
+    "few": ((1, 7), [Batch([(1, 4096)]), Batch([(1, 32768)])]),
+    "some": ((8, 31), [Batch([(1, 1024)] * 16)]),
+    "many": ((32, 1 << 30), [Batch([(1, 1024)] * 64), Batch([(1, 900)] * 256)]),
+}
+_PREFILL = [Batch([(8192, 8192)]), Batch([(512, 8704)])]
+# Head size, and the dtype of keys and values (None for that of queries).
+_KINDS: tuple[tuple[int, torch.dtype | None], ...] = (
+    (128, None), (64, None), (128, torch.int8), (128, torch.float8_e4m3fn),
+)  # fmt: skip
+
+
+def _tiles(kind: str, head_dim: int, kv_itemsize: int) -> Iterator[Tile]:
+    """Candidates, without how contexts are divided."""
+    if kind == "decode_attention":
+        options = itertools.product((32, 64, 128), (2, 4, 8), (3, 5, 7))
+        for keys, num_warps, num_stages in options:
+            buffers = (num_stages + 1) // 2
+            if keys * head_dim * kv_itemsize * 2 * buffers <= 160 << 10:
+                yield {"keys": keys, "num_warps": num_warps, "num_stages": num_stages}
+    else:
+        options = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 5))
+        for rows, keys, num_warps, num_stages in options:
+            buffers = 3 if num_stages == 5 else 2
+            shared = (rows + keys * 2 * buffers) * head_dim * kv_itemsize
+            if shared <= 220 << 10 and rows * keys <= 2048 * num_warps:
+                yield {"rows": rows, "keys": keys, "num_warps": num_warps, "num_stages": num_stages}
+
+
+def _cuts(kind: str, sequences: int) -> list[Tile]:
+    """Candidates of how contexts are divided; not compiled in."""
+    if kind == "prefill_attention":
+        return [{"programs": 1, "min_keys": 1024}, {"programs": 2, "min_keys": 1024}]
+    if sequences >= 32:
+        return [{"programs": programs, "min_keys": 512} for programs in (2, 8)]
+    return [
+        {"programs": programs, "min_keys": min_keys}
+        for programs in (1, 2, 4, 8)
+        for min_keys in (64, 128, 256)
+    ]
+
+
+def _using(kind: str, tile: Tile) -> Any:
+    return tuning.using({kind: [tuning.Entry({}, tile)]})
+
+
+def _with_heads(batch: Batch, head_dim: int) -> Batch:
+    return Batch(batch.lens, Heads(head_dim=head_dim), batch.block_size)
+
+
+def _launches(bench: Bench, batch: Batch, dtype: torch.dtype | None) -> list[Any]:
+    inputs = Inputs(bench, batch.fit(bench))
+    if dtype is None:
+        return inputs.launches(inputs.k_cache, inputs.v_cache)
+    keys, k_scale = quantise(inputs.k_cache, dtype)
+    values, v_scale = quantise(inputs.v_cache, dtype)
+    return inputs.launches(keys, values, k_scale=k_scale, v_scale=v_scale)
+
+
+def _compile(job: tuple[Bench, str, int, torch.dtype | None, list[Tile]]) -> None:
+    bench, kind, head_dim, dtype, tiles = job
+    lens = [(1, 64)] if kind == "decode_attention" else [(64, 64)]
+    launches = _launches(bench, Batch(lens, Heads(head_dim=head_dim)), dtype)
+    for tile in tiles:
+        try:
+            with _using(kind, {**tile, "programs": 1, "min_keys": 64}):
+                launches[0]()
+        except Exception as error:
+            logger.info("%s on %s does not compile: %s", tile, dtype, str(error)[:100])
+
+
+def _compile_all(bench: Bench, kinds: Sequence[tuple[str, int, torch.dtype | None]]) -> None:
+    start = time.monotonic()
+    workers = max((os.cpu_count() or 2) - 2, 1)
+    jobs = []
+    for kind, head_dim, dtype in kinds:
+        tiles = list(_tiles(kind, head_dim, (dtype or bench.dtype).itemsize))
+        # A few at a time: starting a process costs as much as compiling one.
+        jobs += [
+            (bench, kind, head_dim, dtype, tiles[at : at + 3]) for at in range(0, len(tiles), 3)
+        ]
+    # Each process loads torch and takes a context; "fork" would break CUDA.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        list(pool.map(_compile, jobs))
+    logger.info("Compiled %d batches of candidates in %.0f s.", len(jobs), time.monotonic() - start)
+
+
+def _measure(bench: Bench, launches: list[Any], kind: str, tile: Tile) -> float:
+    try:
+        with _using(kind, tile):
+            return bench.seconds(launches[: 8 if kind == "decode_attention" else 2], replays=5)
+    except Exception as error:
+        logger.info("%s failed: %s", tile, str(error)[:100])
+        return math.inf
+
+
+def _best(
+    bench: Bench,
+    kind: str,
+    batches: Sequence[Batch],
+    head_dim: int,
+    dtype: torch.dtype | None,
+    deadline: float,
+) -> Tile | None:
+    """The candidate with the lowest product of times over ``batches``."""
+    scores: dict[tuple[tuple[str, int], ...], float] = {}
+    itemsize = (dtype or bench.dtype).itemsize
+    tiles = list(_tiles(kind, head_dim, itemsize))
+    for batch in batches:
+        launches = _launches(bench, _with_heads(batch, head_dim), dtype)
+        cuts = _cuts(kind, len(batch.lens))
+        # First the tiles, with the contexts divided in a middling way; then the best few, all ways.
+        times = {}
+        for tile in tiles:
+            if time.monotonic() > deadline:
+                return None
+            full = {**tile, **cuts[len(cuts) // 2]}
+            times[tuple(full.items())] = _measure(bench, launches, kind, full)
+        best = sorted(times, key=lambda key: times[key])[:6]
+        for key, cut in itertools.product(best, cuts):
+            full = {**dict(key), **cut}
+            times[tuple(full.items())] = _measure(bench, launches, kind, full)
+        ranked = sorted(times, key=lambda key: times[key])
+        for key in ranked[:5]:
+            logger.info("%s %s %.1f us %s", kind, batch.lens[0], times[key] * 1e6, dict(key))
+        for key, seconds in times.items():
+            scores[key] = scores.get(key, 0.0) + math.log(seconds / times[ranked[0]])
+        if scores.keys() != times.keys():
+            # Only candidates that were timed on all batches can win.
+            scores = {key: value for key, value in scores.items() if key in times}
+    return dict(min(scores, key=lambda key: scores[key]))
+
+
+def tune(bench: Bench, deadline: float) -> dict[str, list[tuning.Entry]]:
+    """Entries for the present device; fewer if ``deadline`` on the monotonic clock is near."""
+    kinds = [
+        (kind, head_dim, dtype)
+        for kind in ("decode_attention", "prefill_attention")
+        for head_dim, dtype in _KINDS
+        if kind == "decode_attention" or dtype is None
+    ]
+    if bench.device.type == "cuda":
+        _compile_all(bench, kinds)
+    entries: dict[str, list[tuning.Entry]] = {}
+    for kind, head_dim, dtype in kinds:
+        itemsize = (dtype or bench.dtype).itemsize
+        when: dict[str, Any] = {
+            "row_bytes": head_dim * itemsize, "kv_itemsize": itemsize,
+            "itemsize": bench.dtype.itemsize,
+        }  # fmt: skip
+        classes = _DECODE_CLASSES if kind == "decode_attention" else {"": ((0, 0), _PREFILL)}
+        for bounds, batches in classes.values():
+            best = _best(bench, kind, batches, head_dim, dtype, deadline)
+            if best is None:
+                logger.warning("No time was left for %s, head size %d.", kind, head_dim)
+                continue
+            if kind == "decode_attention":
+                when = {**when, "sequences": list(bounds)}
+            else:
+                when = {**when, "rows": [17, 1 << 30]}
+            entries.setdefault(kind, []).append(tuning.Entry(when, best))
+            logger.info("Best: %s", entries[kind][-1])
+    return entries
