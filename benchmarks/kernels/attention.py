@@ -6,13 +6,21 @@ of prompts are floating-point operations per second, counting what the causal ma
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from benchmarks.kernels import peers
-from benchmarks.kernels.bench import Bench, Case, Figures, SkipCase, Target, relative_error
+from benchmarks.kernels.bench import (
+    Bench,
+    Case,
+    Figures,
+    SkipCase,
+    Target,
+    Tuned,
+    relative_error,
+)  # fmt: skip
 from benchmarks.kernels.timing import Launch
 from pagetier import kernels
 from pagetier.kernels import AttentionMetadata, reference
@@ -234,6 +242,13 @@ def _prompt(name: str, batch: Batch, *targets: Target, fresh: bool = False) -> C
         return figures
 
     return Case(name, measure, targets)
+
+
+def tune(bench: Bench, deadline: float) -> Iterator[Tuned]:
+    """Launch settings for this device; see ``attention_tuning``."""
+    from benchmarks.kernels import attention_tuning
+
+    return attention_tuning.tune(bench, deadline)
 
 
 def cases(_bench: Bench) -> list[Case]:

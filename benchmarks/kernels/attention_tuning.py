@@ -11,26 +11,32 @@ import logging
 import math
 import multiprocessing
 import os
+import pathlib
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+import benchmarks
 from benchmarks.kernels.attention import Batch, Heads, Inputs, quantise
-from benchmarks.kernels.bench import Bench
+from benchmarks.kernels.bench import Bench, Tuned
 from pagetier.kernels import tuning
 
 logger = logging.getLogger(__name__)
 
 Tile = dict[str, int]
+_Key = tuple[tuple[str, int], ...]
 
-_DECODE_CLASSES: dict[str, tuple[tuple[int, int], list[Batch]]] = {
-    "few": ((1, 7), [Batch([(1, 4096)]), Batch([(1, 32768)])]),
-    "some": ((8, 31), [Batch([(1, 1024)] * 16)]),
-    "many": ((32, 1 << 30), [Batch([(1, 1024)] * 64), Batch([(1, 900)] * 256)]),
-}
-_PREFILL = [Batch([(8192, 8192)]), Batch([(512, 8704)])]
+# By sequences of a step, or by rows of the longest prompt's chunk.
+_Classes = Sequence[tuple[tuple[int, int], list[Batch]]]
+_DECODE_CLASSES: _Classes = (
+    ((1, 7), [Batch([(1, 4096)]), Batch([(1, 32768)])]),
+    ((8, 31), [Batch([(1, 1024)] * 16)]),
+    ((32, 1 << 30), [Batch([(1, 1024)] * 64), Batch([(1, 900)] * 256)]),
+)
+_PREFILL_CLASSES: _Classes = (((17, 1 << 30), [Batch([(8192, 8192)]), Batch([(512, 8704)])]),)
 # Head size, and the dtype of keys and values (None for that of queries).
 _KINDS: tuple[tuple[int, torch.dtype | None], ...] = (
     (128, None), (64, None), (128, torch.int8), (128, torch.float8_e4m3fn),
@@ -65,6 +71,11 @@ def _cuts(kind: str, sequences: int) -> list[Tile]:
         for programs in (1, 2, 4, 8)
         for min_keys in (64, 128, 256)
     ]
+
+
+def _some(bench: Bench, candidates: Iterable[Any]) -> list[Any]:
+    """All of them, or one to try the tuner itself with."""
+    return list(candidates)[: 1 if bench.tiny else None]
 
 
 def _using(kind: str, tile: Tile) -> Any:
@@ -106,10 +117,16 @@ def _compile_all(bench: Bench, kinds: Sequence[tuple[str, int, torch.dtype | Non
         jobs += [
             (bench, kind, head_dim, dtype, tiles[at : at + 3]) for at in range(0, len(tiles), 3)
         ]
-    # Each process loads torch and takes a context; "fork" would break CUDA.
+    # "fork" would break CUDA. New processes find this module by our path, without its root since
+    # `benchmarks` was imported.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        list(pool.map(_compile, jobs))
+    root = str(pathlib.Path(benchmarks.__file__).parents[1])
+    sys.path.append(root)
+    try:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            list(pool.map(_compile, jobs))
+    finally:
+        sys.path.remove(root)
     logger.info("Compiled %d batches of candidates in %.0f s.", len(jobs), time.monotonic() - start)
 
 
@@ -129,16 +146,15 @@ def _best(
     head_dim: int,
     dtype: torch.dtype | None,
     deadline: float,
-) -> Tile | None:
-    """The candidate with the lowest product of times over ``batches``."""
-    scores: dict[tuple[tuple[str, int], ...], float] = {}
-    itemsize = (dtype or bench.dtype).itemsize
-    tiles = list(_tiles(kind, head_dim, itemsize))
+) -> tuple[Tile, list[float]] | None:
+    """The candidate with the lowest product of times over ``batches``, and these times."""
+    results: list[dict[_Key, float]] = []
+    tiles = _some(bench, _tiles(kind, head_dim, (dtype or bench.dtype).itemsize))
     for batch in batches:
         launches = _launches(bench, _with_heads(batch, head_dim), dtype)
-        cuts = _cuts(kind, len(batch.lens))
+        cuts = _some(bench, _cuts(kind, len(batch.lens)))
         # First the tiles, with the contexts divided in a middling way; then the best few, all ways.
-        times = {}
+        times: dict[_Key, float] = {}
         for tile in tiles:
             if time.monotonic() > deadline:
                 return None
@@ -148,44 +164,44 @@ def _best(
         for key, cut in itertools.product(best, cuts):
             full = {**dict(key), **cut}
             times[tuple(full.items())] = _measure(bench, launches, kind, full)
-        ranked = sorted(times, key=lambda key: times[key])
-        for key in ranked[:5]:
+        for key in sorted(times, key=lambda key: times[key])[:4]:
             logger.info("%s %s %.1f us %s", kind, batch.lens[0], times[key] * 1e6, dict(key))
-        for key, seconds in times.items():
-            scores[key] = scores.get(key, 0.0) + math.log(seconds / times[ranked[0]])
-        if scores.keys() != times.keys():
-            # Only candidates that were timed on all batches can win.
-            scores = {key: value for key, value in scores.items() if key in times}
-    return dict(min(scores, key=lambda key: scores[key]))
+        results.append(times)
+    # Only candidates that were timed on all batches can win.
+    common = set(results[0]).intersection(*results[1:])
+    winner = min(common, key=lambda key: math.prod(times[key] for times in results))
+    return dict(winner), [times[winner] for times in results]
 
 
-def tune(bench: Bench, deadline: float) -> dict[str, list[tuning.Entry]]:
-    """Entries for the present device; fewer if ``deadline`` on the monotonic clock is near."""
+def tune(bench: Bench, deadline: float) -> Iterator[Tuned]:
+    """Settings for the present device, until ``deadline`` on the monotonic clock."""
     kinds = [
         (kind, head_dim, dtype)
         for kind in ("decode_attention", "prefill_attention")
-        for head_dim, dtype in _KINDS
+        for head_dim, dtype in _some(bench, _KINDS)
         if kind == "decode_attention" or dtype is None
     ]
     if bench.device.type == "cuda":
         _compile_all(bench, kinds)
-    entries: dict[str, list[tuning.Entry]] = {}
     for kind, head_dim, dtype in kinds:
         itemsize = (dtype or bench.dtype).itemsize
-        when: dict[str, Any] = {
-            "row_bytes": head_dim * itemsize, "kv_itemsize": itemsize,
-            "itemsize": bench.dtype.itemsize,
-        }  # fmt: skip
-        classes = _DECODE_CLASSES if kind == "decode_attention" else {"": ((0, 0), _PREFILL)}
-        for bounds, batches in classes.values():
+        is_decode = kind == "decode_attention"
+        for bounds, batches in _DECODE_CLASSES if is_decode else _PREFILL_CLASSES:
             best = _best(bench, kind, batches, head_dim, dtype, deadline)
             if best is None:
-                logger.warning("No time was left for %s, head size %d.", kind, head_dim)
-                continue
-            if kind == "decode_attention":
-                when = {**when, "sequences": list(bounds)}
-            else:
-                when = {**when, "rows": [17, 1 << 30]}
-            entries.setdefault(kind, []).append(tuning.Entry(when, best))
-            logger.info("Best: %s", entries[kind][-1])
-    return entries
+                return
+            when = {
+                "row_bytes": head_dim * itemsize,
+                "kv_itemsize": itemsize,
+                "itemsize": bench.dtype.itemsize,
+                "sequences" if is_decode else "rows": list(bounds),
+            }
+            tile, seconds = best
+            figures = {
+                "head size": head_dim,
+                "KV": str(dtype or bench.dtype).removeprefix("torch."),
+                "batches": "; ".join(f"{len(b.lens)} x {b.lens[0]}" for b in batches),
+                "us": "; ".join(f"{each * 1e6:.1f}" for each in seconds),
+                "chosen": " ".join(f"{name}={value}" for name, value in tile.items()),
+            }
+            yield Tuned(kind, tuning.Entry(when, tile), figures)
