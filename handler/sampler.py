@@ -1,16 +1,9 @@
-"""Choosing a token for each row of a batch of logits, on the device, without waiting for it.
+"""A token for each row of a batch of logits, on the device, without waiting for it.
 
-Owns the distributions (temperature, min-p, top-k, top-p), the random numbers, and
-log-probabilities. Knows nothing of requests, models or steps: settings arrive as one value for each
-row, and logits as ``logit_rules`` leaves them.
-
-Random numbers are counter-based. A row's only randomness is one uniform number, a hash of its
-request's seed and of the position of the token to be chosen. So a request gets the same tokens
-whatever shares the batch, and again after it was preempted, and there is no random state to keep.
-The token is found by inverting the cumulative distribution in order of token id. The alternative,
-Gumbel noise on every logit, needs a hash for every token of the vocabulary where this needs one a
-row; its advantage, that no sum over the vocabulary is involved whose rounding could depend on the
-batch's shape, is met by summing in float64.
+Owns the settings of rows on their way to the device, log-probabilities, and masks of allowed
+tokens. Knows nothing of requests, models or steps: settings arrive as one value for each row, and
+logits as ``logit_rules`` leaves them. Distributions and random numbers are those of
+``kernels.sample_tokens``.
 """
 
 import dataclasses
@@ -20,13 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pagetier import kernels
 from pagetier.handler.sampling_params import SamplingParams
-
-# Constants of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-# 2014), as signed 64-bit integers, which torch multiplies modulo 2**64.
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
 
 # Rows whose log-probabilities, or masks, are worked out at once.
 _SCORED_ROWS = 64
@@ -75,11 +63,6 @@ class RowSettings:
     def all_greedy(self) -> bool:
         """Whether no row needs a random number."""
         return not self.temperature.any()
-
-    @property
-    def any_min_p(self) -> bool:
-        """Whether a row that is not greedy leaves tokens out by their share of the highest."""
-        return bool(((self.min_p > 0) & (self.temperature > 0)).any())
 
     @property
     def any_filter(self) -> bool:
@@ -132,22 +115,24 @@ def sample(
     Returns:
         Tokens, and log-probabilities of the raw distribution (before temperature and filters).
     """
-    logits = logits.float()
-    token_ids = logits.argmax(-1)
-    if not settings.all_greedy:
+    if settings.all_greedy:
+        token_ids = kernels.greedy_tokens(logits)
+    else:
         if packed is None:
             packed = torch.from_numpy(settings.packed()).to(logits.device)
         first, second, top_k, seeds, positions = packed.unbind()
         temperature, top_p = first.view(torch.float32).view(-1, 2).unbind(1)
-        weights = token_weights(logits, temperature)
-        if settings.any_min_p:
-            # The highest weight is 1, so a weight is a share of it.
-            min_p = second.view(torch.float32).view(-1, 2)[:, :1]
-            weights = weights.masked_fill_(weights < min_p, 0.0)
-        if settings.any_filter:
-            weights = _filter(weights, top_k, top_p)
-        drawn = _invert(weights, uniform(seeds, positions))
-        token_ids = torch.where(temperature > 0, drawn, token_ids)
+        min_p = second.view(torch.float32).view(-1, 2)[:, 0]
+        token_ids = kernels.sample_tokens(
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seeds,
+            positions,
+            any_filter=settings.any_filter,
+        )
     if settings.num_logprobs is None:
         return SamplerOutput(token_ids)
     return score(logits if raw_logits is None else raw_logits, token_ids, settings.num_logprobs)
@@ -187,68 +172,3 @@ def allow_tokens(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) 
         is_allowed = (words[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
         allowed = logits.index_select(0, some).masked_fill_(~is_allowed, -torch.inf)
         logits.index_copy_(0, some, allowed)
-
-
-def token_weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Unnormalised probabilities ``exp((logit - highest) / temperature)``, ``(rows, vocabulary)``.
-
-    Greedy rows come out as if their temperature were 1. The highest weight of a row is exactly 1,
-    so that no temperature overflows.
-    """
-    divisor = torch.where(temperature > 0, temperature, 1.0)
-    return ((logits - logits.amax(-1, keepdim=True)) / divisor[:, None]).exp_()
-
-
-def _filter(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Weights with 0 for the tokens that top-k, then top-p among those left, leave out.
-
-    Exactly ``top_k`` tokens stay, the lower token ids first among equals; of these the fewest,
-    most likely first, whose share reaches ``top_p``.
-    """
-    ordered, token_ids = weights.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(weights.shape[-1], device=weights.device)
-    ordered = ordered.masked_fill_(ranks >= top_k[:, None], 0.0)
-    cumulative = ordered.cumsum(-1, dtype=torch.float64)
-    before = cumulative - ordered
-    keep = before < top_p.double()[:, None] * cumulative[:, -1:]
-    # Where all is kept, rounding must not drop the least likely.
-    keep |= top_p[:, None] >= 1.0
-    # Back in order of token id: a row's draw must not depend on whether another row is filtered.
-    return torch.zeros_like(weights).scatter_(-1, token_ids, ordered.masked_fill_(~keep, 0.0))
-
-
-def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token at which the cumulative share of weights first exceeds each row's uniform number.
-
-    Never a token of weight 0.
-    """
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    # Rounding up to the total would point past the last token that has weight.
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms * total, below_total)
-    found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    # Only where weights are not numbers is nothing found; the row is lost, not the process.
-    return found.clamp_max(weights.shape[-1] - 1)
-
-
-def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1) that depend on seed and position alone, float64, with 53 random bits.
-
-    Two rounds of splitmix64: the seed's hash is where the stream of positions starts, so that
-    neighbouring seeds do not share shifted streams.
-    """
-    start = _mix(seeds + _GOLDEN_GAMMA)
-    bits = _mix(start + (positions + 1) * _GOLDEN_GAMMA)
-    return _shift_right(bits, 11).double() * 2.0**-53
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Logical shift; torch's own repeats the sign."""
-    return (x >> count) & ((1 << (64 - count)) - 1)

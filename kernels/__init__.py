@@ -1,8 +1,8 @@
-"""GPU operations of the paged KV cache, each with a plain torch reference.
+"""What a step does on a GPU beside the model's own operators, each with a plain torch reference.
 
 Owns the choice of what serves an operation: its Triton kernel, for tensors on a CUDA device and for
 all tensors under ``TRITON_INTERPRET=1``, else its reference, which runs on any device. Knows
-nothing of models or requests: operations take tensors, slots and pairs of block ids.
+nothing of models or requests: operations take tensors, slots, block ids and settings of rows.
 """
 
 import functools
@@ -22,8 +22,10 @@ __all__ = [
     "AttentionMetadata",
     "copy_blocks",
     "gather_blocks",
+    "greedy_tokens",
     "linear",
     "paged_attention",
+    "sample_tokens",
     "scatter_blocks",
     "transfer_blocks",
     "write_kv",
@@ -81,3 +83,5 @@ gather_blocks = _operation(reference.gather_blocks)
 scatter_blocks = _operation(reference.scatter_blocks)
 transfer_blocks = _operation(reference.transfer_blocks)
 linear = _operation(reference.linear)
+greedy_tokens = _operation(reference.greedy_tokens)
+sample_tokens = _operation(reference.sample_tokens)

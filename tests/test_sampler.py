@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pagetier.handler.sampler import (
-    RowSettings,
-    SamplerOutput,
-    _filter,
-    _invert,
-    sample,
-    score,
-    token_weights,
-    uniform,
-)
+from pagetier.handler.sampler import RowSettings, SamplerOutput, sample, score
 from pagetier.handler.sampling_params import SamplingParams
+from pagetier.kernels.reference import sampling
+from pagetier.kernels.reference.sampling import _filter, token_weights, uniform
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -198,19 +191,18 @@ def test_min_p_keeps_tokens_by_their_share_of_the_most_likely(min_p: float, kept
 def test_min_p_changes_no_greedy_row() -> None:
     settings = RowSettings.of([SamplingParams(temperature=0, min_p=0.5)], [0], [0])
     assert settings.all_greedy
-    assert not settings.any_min_p
 
 
 def test_top_p_of_one_keeps_the_least_likely_token() -> None:
     # Another row is filtered, so this one passes through the filter as well.
     logits = torch.zeros(2, 50_000)
-    logits[:, 49_999] = -30.0
+    logits[:, 49_999] = -20.0
     params = [SamplingParams(top_p=1.0), SamplingParams(top_p=0.5)]
     settings = RowSettings.of(params, [0, 0], [0, 0])
     assert settings.any_filter
     temperature, top_k = torch.ones(2), torch.from_numpy(settings.top_k)
-    weights = token_weights(logits, temperature)
-    filtered = _filter(weights, top_k, torch.from_numpy(settings.top_p))
+    weights = token_weights(logits, temperature, torch.zeros(2))
+    filtered = _filter(logits, weights, top_k, torch.from_numpy(settings.top_p))
     assert torch.equal(filtered[0], weights[0])
     assert filtered[1].count_nonzero() == 25_000
 
@@ -266,11 +258,14 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     assert seen(logits, SamplingParams()) == {3, 40}
 
 
-def test_the_largest_uniform_number_falls_on_a_token_with_weight() -> None:
-    weights = torch.tensor([[0.1] * 10 + [0.0], [0.0, 1.0] + [0.0] * 9])
-    largest = torch.tensor([1 - 2.0**-53] * 2, dtype=torch.float64)
-    assert _invert(weights, largest).tolist() == [9, 1]
-    assert _invert(weights, torch.zeros(2, dtype=torch.float64)).tolist() == [0, 1]
+@pytest.mark.parametrize(("number", "tokens"), [(1 - 2.0**-53, [9, 1]), (0.0, [0, 1])])
+def test_extreme_uniform_numbers_fall_on_tokens_with_weight(
+    number: float, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = torch.full((2,), number, dtype=torch.float64)
+    monkeypatch.setattr(sampling, "uniform", lambda *_: numbers)
+    logits = torch.tensor([[0.1] * 10 + [0.0], [0.0, 1.0] + [0.0] * 9]).log()
+    assert draw(logits, SamplingParams(), seeds=[0, 0]).token_ids.tolist() == tokens
 
 
 def test_a_row_of_nan_yields_some_token_and_spares_the_others() -> None:

@@ -17,12 +17,15 @@ from pagetier.kernels.reference.block_copy import (
 )
 from pagetier.kernels.reference.kv_write import write_kv
 from pagetier.kernels.reference.projection import linear
+from pagetier.kernels.reference.sampling import greedy_tokens, sample_tokens
 
 __all__ = [
     "copy_blocks",
     "gather_blocks",
+    "greedy_tokens",
     "linear",
     "paged_attention",
+    "sample_tokens",
     "scatter_blocks",
     "transfer_blocks",
     "write_kv",
