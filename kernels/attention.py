@@ -11,7 +11,8 @@ Formula. For a query at position ``i`` of its sequence, over positions ``j <= i`
 
 where a sink adds ``exp(sink)`` to the softmax's denominator. It is computed in one pass with a
 running maximum, in base 2 and fp32. Quantised keys and values are multiplied by their scales where
-that is cheapest: scores by a key's, weights by a value's.
+that is cheapest: scores by a key's, weights by a value's (and by 64, so that small ones keep their
+digits in fp16).
 
 Grid ``(kv_heads, items)``, heads first: what the heads of a block hold is contiguous, so programs
 that run together read whole pieces of a page. A program has up to ``QUERIES`` neighbouring tokens
@@ -26,26 +27,40 @@ outside of it.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from pagetier.kernels import tuning
-from pagetier.kernels.attention_items import FIELDS, Items, decode_items, prefill_items
+from pagetier.kernels.attention_items import FIELDS, decode_items, prefill_items
 from pagetier.kernels.metadata import AttentionMetadata
 
 # Rows of a tile: tl.dot takes no fewer than 16.
 _MIN_ROWS = 16
-# Elements of partial results that a program combines at once; more would not fit its registers.
-_COMBINED_ELEMENTS = 8192
+# Elements of partial results that a warp combines at once; more would not fit its registers.
+_COMBINED_ELEMENTS = 2048
 _MULTIPROCESSORS_OF_UNKNOWN_DEVICE = 64
+# Fewer decodes are over sooner than a second stream is started.
+_MIN_DECODES_BESIDE_PROMPTS = 16
+
+
+@triton.jit
+def _widen(x, dtype: tl.constexpr):
+    """A tile of the cache as an operand of ``dtype``; exact, since 8 bits fit."""
+    if x.dtype == tl.int8:
+        # Converting integers is slow. Those from 0 to 255 are also the low bits of 2^23 and above.
+        bits = (x.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32) | 0x4B000000
+        return (bits.to(tl.float32, bitcast=True) - 8388736.0).to(dtype)
+    return x.to(dtype)
 
 
 @triton.jit
 def _attend(
     q, maximum, total, mixed, first, end, last,
-    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, row_scale, softcap, window,
     k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
     k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
     KEY_DIM: tl.constexpr, KEY_DIM_PADDED: tl.constexpr,
@@ -75,7 +90,7 @@ def _attend(
             k = tl.load(k_at, mask=readable[None, :] & (key_dim < KEY_DIM)[:, None], other=0.0)
         else:
             k = tl.load(k_at)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        scores = tl.dot(q, _widen(k, q.dtype), input_precision="ieee")
         if QUANTISED:
             k_scale = tl.load(
                 k_scale_ptr + block * k_scale_stride_block + slot * k_scale_stride_slot,
@@ -84,9 +99,11 @@ def _attend(
             )
             scores = scores * k_scale[None, :]
         if HAS_SOFTCAP:
-            # tanh by way of exp, which every Triton has. The scale holds log2(e) already.
-            scores = softcap * (1.0 - 2.0 / (tl.exp2(2.0 * scores / softcap) + 1.0))
-            scores = scores * 1.4426950408889634
+            # tanh by way of exp, which every Triton has. Row scales hold log2(e) already.
+            scores = 1.0 - 2.0 / (tl.exp2(scores * (row_scale * (2.0 / softcap))[:, None]) + 1.0)
+            factor = softcap * 1.4426950408889634
+        else:
+            factor = row_scale[:, None]
         if CAUSAL or HAS_WINDOW or BOUNDED:
             visible = readable[None, :]
             if CAUSAL:
@@ -94,12 +111,16 @@ def _attend(
             if HAS_WINDOW:
                 visible = visible & (at[None, :] > position[:, None] - window)
             scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # The factor comes after the mask, so that it and the shift are one operation.
+        if HAS_SOFTCAP:
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1) * factor)
+        else:
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1) * row_scale)
         shift = new_maximum
         if CAUSAL or HAS_WINDOW:
             # A row that has seen nothing yet would compute inf - inf.
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(scores * factor - shift[:, None])
         decay = tl.exp2(maximum - shift)
         total = total * decay + tl.sum(weights, 1)
         if BOUNDED or VALUE_DIM != VALUE_DIM_PADDED:
@@ -112,9 +133,9 @@ def _attend(
                 mask=readable,
                 other=0.0,
             )
-            weights = weights * v_scale[None, :]
+            weights = weights * (v_scale * 64.0)[None, :]
         mixed = mixed * decay[:, None]
-        mixed = tl.dot(weights.to(q.dtype), v.to(q.dtype), mixed, input_precision="ieee")
+        mixed = tl.dot(weights.to(q.dtype), _widen(v, q.dtype), mixed, input_precision="ieee")
         maximum = new_maximum
     return maximum, total, mixed
 
@@ -170,9 +191,7 @@ def _paged_attention_kernel(
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    if item >= tl.load(items_ptr):
-        return
-    fields = items_ptr + (1 + item) * FIELDS
+    fields = items_ptr + item * FIELDS
     sequence = tl.load(fields).to(tl.int64)
     token = tl.load(fields + 1).to(tl.int64)
     first = tl.load(fields + 2)
@@ -181,6 +200,9 @@ def _paged_attention_kernel(
     num_queries = tl.load(fields + 5)
     first_item = tl.load(fields + 6)
     num_items = tl.load(fields + 7)
+    # Asked after all loads, which so wait together.
+    if num_items == 0:
+        return
 
     row = tl.arange(0, ROWS)
     query = row // GROUP_PADDED
@@ -194,6 +216,14 @@ def _paged_attention_kernel(
         mask=row_ok[:, None] & (key_dim < KEY_DIM)[None, :],
         other=0.0,
     )
+    row_scale = tl.full([ROWS], 1.0, tl.float32) * scale
+    if k_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # fp8 becomes fp16 in one step, and bf16 in three. So that any query fits, the largest
+        # element of its row becomes 1.
+        largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        q = (q.to(tl.float32) / largest[:, None]).to(tl.float16)
+        row_scale = row_scale * largest
     k_ptr += kv_head * k_stride_head
     v_ptr += kv_head * v_stride_head
     if QUANTISED:
@@ -209,7 +239,7 @@ def _paged_attention_kernel(
         # The item's positions are those that its query sees.
         maximum, total, mixed = _attend(
             q, maximum, total, mixed, first, last, last,
-            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, row_scale, softcap, window,
             k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
             k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
             KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
@@ -224,7 +254,8 @@ def _paged_attention_kernel(
             all_first = tl.minimum(all_first, last)
             maximum, total, mixed = _attend(
                 q, maximum, total, mixed, first, all_first, last,
-                k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+                k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr,
+                position, row_scale, softcap, window,
                 k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
                 k_scale_stride_block, k_scale_stride_slot,
                 v_scale_stride_block, v_scale_stride_slot,
@@ -235,7 +266,7 @@ def _paged_attention_kernel(
         all_end = all_first + tl.maximum(seen_end - all_first, 0) // KEYS * KEYS
         maximum, total, mixed = _attend(
             q, maximum, total, mixed, all_first, all_end, last,
-            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, row_scale, softcap, window,
             k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
             k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
             KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
@@ -243,13 +274,15 @@ def _paged_attention_kernel(
         )  # fmt: skip
         maximum, total, mixed = _attend(
             q, maximum, total, mixed, all_end, last, last,
-            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, scale, softcap, window,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, row_scale, softcap, window,
             k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
             k_scale_stride_block, k_scale_stride_slot, v_scale_stride_block, v_scale_stride_slot,
             KEY_DIM, KEY_DIM_PADDED, VALUE_DIM, VALUE_DIM_PADDED, BLOCK_SIZE, KEYS,
             True, True, HAS_WINDOW, HAS_SOFTCAP, QUANTISED,
         )  # fmt: skip
 
+    if QUANTISED:
+        mixed = mixed * (1.0 / 64.0)
     if num_items == 1:
         _finish(
             maximum, total, mixed, sinks_ptr, out_ptr, row, query, num_queries, kv_head,
@@ -363,31 +396,31 @@ def paged_attention(
         out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     if metadata.num_tokens < q.shape[0]:
         out[metadata.num_tokens :] = 0
-    group_padded = triton.next_power_of_2(q.shape[1] // k_cache.shape[1])
-    for is_decode in (True, False):
-        if (metadata.num_decodes if is_decode else metadata.num_prefills) == 0:
-            continue
-        tile = _tile(q, k_cache, v_cache, metadata, group_padded, is_decode)
-        queries = 1 if is_decode else max(tile.rows // group_padded, 1)
-        programs = tile.programs * _num_multiprocessors(q.device)
-        cut = {
-            "window": window,
-            "target_items": max(programs // k_cache.shape[1], 1),
-            "keys": tile.keys,
-            "min_keys": tile.min_keys,
-        }
-        if is_decode:
-            items = decode_items(metadata, **cut)
-        else:
-            items = prefill_items(metadata, queries=queries, **cut)
-        _launch(
-            q, k_cache, v_cache, k_scale, v_scale, out, sinks, metadata, items, tile, queries,
-            group_padded, scale, window, softcap,
-        )  # fmt: skip
+    launches = [
+        _prepare(
+            q, k_cache, v_cache, k_scale, v_scale, out, sinks, metadata, is_decode,
+            scale=scale, window=window, softcap=softcap,
+        )
+        for is_decode, count in (
+            (False, metadata.num_prefills), (True, metadata.num_decodes)
+        )
+        if count
+    ]  # fmt: skip
+    if len(launches) == 2 and q.is_cuda and metadata.num_decodes >= _MIN_DECODES_BESIDE_PROMPTS:
+        # Prompts compute while decodes wait for memory.
+        main, side = torch.cuda.current_stream(q.device), _side_stream(q.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            launches[0]()
+        launches[1]()
+        main.wait_stream(side)
+    else:
+        for launch in launches:
+            launch()
     return out
 
 
-def _launch(
+def _prepare(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -396,24 +429,37 @@ def _launch(
     out: torch.Tensor,
     sinks: torch.Tensor | None,
     metadata: AttentionMetadata,
-    items: Items,
-    tile: Tile,
-    queries: int,
-    group_padded: int,
+    is_decode: bool,
+    *,
     scale: float,
     window: int,
     softcap: float,
-) -> None:
+) -> Callable[[], object]:
+    """Plan the attention of all decodes, or of all prompts, and return what launches it."""
     kv_heads, block_size, value_dim = v_cache.shape[1:]
     key_dim = q.shape[2]
+    group_padded = triton.next_power_of_2(q.shape[1] // kv_heads)
+    tile = _tile(q, k_cache, v_cache, metadata, group_padded, is_decode)
+    queries = 1 if is_decode else max(tile.rows // group_padded, 1)
+    cut = {
+        "window": window,
+        "target_items": max(tile.programs * _num_multiprocessors(q.device) // kv_heads, 1),
+        "keys": tile.keys,
+        "min_keys": tile.min_keys,
+    }
+    if is_decode:
+        items = decode_items(metadata, **cut)
+    else:
+        items = prefill_items(metadata, queries=queries, **cut)
     kept_rows = queries * group_padded
     value_dim_padded = _padded(value_dim)
     partial, statistics, counters = _workspace(
-        metadata, items.max_items * kv_heads, kept_rows, value_dim_padded
+        metadata, len(items) * kv_heads, kept_rows, value_dim_padded
     )
     k_scale_strides = (0, 0, 0) if k_scale is None else k_scale.stride()
     v_scale_strides = (0, 0, 0) if v_scale is None else v_scale.stride()
-    _paged_attention_kernel[(kv_heads, items.max_items)](
+    return functools.partial(
+        _paged_attention_kernel[(kv_heads, len(items))],
         q, k_cache, v_cache,
         q if k_scale is None else k_scale, q if v_scale is None else v_scale,
         out, q if sinks is None else sinks,
@@ -430,7 +476,7 @@ def _launch(
         KEY_DIM=key_dim, KEY_DIM_PADDED=_padded(key_dim),
         VALUE_DIM=value_dim, VALUE_DIM_PADDED=value_dim_padded,
         BLOCK_SIZE=block_size, KEYS=tile.keys, FIELDS=FIELDS,
-        COMBINED=max(_COMBINED_ELEMENTS // (kept_rows * value_dim_padded), 1),
+        COMBINED=max(_COMBINED_ELEMENTS * tile.num_warps // (kept_rows * value_dim_padded), 1),
         HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
         QUANTISED=k_scale is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -480,7 +526,11 @@ def _tile(
     """Settings for one of the two kinds of tiles of a step."""
     kv_itemsize = k_cache.dtype.itemsize
     row_bytes = max(_padded(q.shape[2]), _padded(v_cache.shape[3])) * kv_itemsize
-    shape = {"row_bytes": row_bytes, "kv_itemsize": kv_itemsize, "itemsize": q.dtype.itemsize}
+    shape: dict[str, Any] = {
+        "row_bytes": row_bytes,
+        "kv_itemsize": kv_itemsize,
+        "itemsize": q.dtype.itemsize,
+    }
     if is_decode:
         operation, rows = "decode_attention", _MIN_ROWS
         shape["sequences"] = metadata.num_decodes
@@ -493,6 +543,11 @@ def _tile(
 
 def _padded(dim: int) -> int:
     return int(max(triton.next_power_of_2(dim), 16))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

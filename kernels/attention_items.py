@@ -7,7 +7,7 @@ nothing of queries, keys and values themselves, nor of how an item is computed.
 An item is some neighbouring queries of one sequence and a range of the positions they look at. The
 positions of a long sequence are divided among several items, so that few sequences keep a whole
 device busy; the one that finishes last combines their results. Items are the rows of one int32
-tensor ``(1 + items, 8)``; the first row holds their number, and each other::
+tensor ``(items, 8)``; where there are fewer than rows, the others have 0 ``num_items``::
 
     sequence │ token │ first │ last │ position │ num_queries │ first_item │ num_items
     ─ row of the block tables
@@ -36,18 +36,22 @@ class Items:
     """Items of one launch.
 
     Attributes:
-        rows: int32 ``(1 + max_items, 8)`` on the device, see the module.
-        max_items: how many there are at most; a launch has as many programs for each KV head.
+        rows: int32 ``(items, 8)`` on the device, see the module; a launch has as many programs for
+            each KV head.
     """
 
     rows: torch.Tensor
-    max_items: int
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window", "target_items", "keys", "min_keys"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "max_items", "window", "target_items", "keys", "min_keys"]
+)
 def _plan_decodes_kernel(
     seq_lens_ptr, query_start_loc_ptr, items_ptr,
-    num_sequences, window, target_items, keys, min_keys,
+    num_sequences, max_items, window, target_items, keys, min_keys,
     PADDED: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     # Each program works out the whole plan, which is little, and writes its own sequence's items.
@@ -64,7 +68,10 @@ def _plan_decodes_kernel(
     # A sequence of length 0 gets an item too, which writes its zeros.
     counts = tl.where(is_decode, tl.maximum(tl.cdiv(num_keys, per_item), 1), 0)
     if own == 0:
-        tl.store(items_ptr, tl.sum(counts, 0))
+        for start in range(tl.sum(counts, 0), max_items, LANES):
+            unused = start + tl.arange(0, LANES)
+            no_items = tl.zeros([LANES], tl.int32)
+            tl.store(items_ptr + unused * FIELDS + 7, no_items, mask=unused < max_items)
     first_item = tl.sum(tl.where(row < own, counts, 0), 0)
     num_items = tl.sum(tl.where(row == own, counts, 0), 0)
     own_len = tl.sum(tl.where(row == own, seq_len, 0), 0)
@@ -74,7 +81,7 @@ def _plan_decodes_kernel(
         part = start + tl.arange(0, LANES)
         mine = part < num_items
         first = begin + part * per_item
-        at = items_ptr + (1 + first_item + part) * FIELDS
+        at = items_ptr + (first_item + part) * FIELDS
         tl.store(at, tl.zeros([LANES], tl.int32) + own, mask=mine)
         tl.store(at + 1, tl.zeros([LANES], tl.int32) + own_token, mask=mine)
         tl.store(at + 2, first, mask=mine)
@@ -100,15 +107,14 @@ def decode_items(
     num_sequences = metadata.seq_lens.shape[0]
     key = ("decode items", window, target_items, keys, min_keys)
     if key not in metadata.workspace:
-        max_items = num_sequences + target_items
-        rows = metadata.seq_lens.new_empty((1 + max_items, FIELDS))
-        metadata.workspace[key] = Items(rows, max_items)
+        rows = metadata.seq_lens.new_empty((num_sequences + target_items, FIELDS))
+        metadata.workspace[key] = Items(rows)
     items: Items = metadata.workspace[key]
     if key not in metadata.shared:
         metadata.shared[key] = True
         _plan_decodes_kernel[(num_sequences,)](
             metadata.seq_lens, metadata.query_start_loc, items.rows,
-            num_sequences, window or 2**31 - 1, target_items, keys, min_keys,
+            num_sequences, len(items), window or 2**31 - 1, target_items, keys, min_keys,
             PADDED=triton.next_power_of_2(num_sequences), FIELDS=FIELDS, LANES=_LANES, num_warps=4,
         )  # fmt: skip
     return items
@@ -147,8 +153,7 @@ def prefill_items(
         counts = -(-(end - begin)[order] // per_item)
         tile, part = _repeat(order, counts)
         first = begin[tile] + part * per_item
-        rows = np.zeros((1 + len(tile), FIELDS), dtype=np.int32)
-        rows[0, 0] = len(tile)
+        rows = np.empty((len(tile), FIELDS), dtype=np.int32)
         for field, values in enumerate((
             sequence[tile],
             (starts[sequence] + offset)[tile],
@@ -159,8 +164,8 @@ def prefill_items(
             np.arange(len(tile)) - part,
             np.repeat(counts, counts),
         )):  # fmt: skip
-            rows[1:, field] = values
-        metadata.shared[key] = Items(upload([rows], metadata.seq_lens.device)[0], len(tile))
+            rows[:, field] = values
+        metadata.shared[key] = Items(upload([rows], metadata.seq_lens.device)[0])
     items: Items = metadata.shared[key]
     return items
 

@@ -158,10 +158,15 @@ def _beside_flash3(bench: Bench, batch: Batch, inputs: Inputs, microseconds: flo
     return found
 
 
+def ragged_lens() -> Lens:
+    """128 decodes of lengths from 100 to 4000."""
+    draw = random.Random(0)
+    return [(1, draw.randint(100, 4000)) for _ in range(128)]
+
+
 def _ragged() -> Case:
     """Lengths that differ must not cost more than equal ones of the same sum."""
-    draw = random.Random(0)
-    lens = [(1, draw.randint(100, 4000)) for _ in range(128)]
+    lens = ragged_lens()
     mean = sum(seq_len for _, seq_len in lens) // len(lens)
 
     def measure(bench: Bench) -> Figures:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import benchmarks
-from benchmarks.kernels.attention import Batch, Heads, Inputs, quantise
+from benchmarks.kernels.attention import Batch, Heads, Inputs, quantise, ragged_lens
 from benchmarks.kernels.bench import Bench, Tuned
 from pagetier.kernels import tuning
 
@@ -34,7 +34,7 @@ _Classes = Sequence[tuple[tuple[int, int], list[Batch]]]
 _DECODE_CLASSES: _Classes = (
     ((1, 7), [Batch([(1, 4096)]), Batch([(1, 32768)])]),
     ((8, 31), [Batch([(1, 1024)] * 16)]),
-    ((32, 1 << 30), [Batch([(1, 1024)] * 64), Batch([(1, 900)] * 256)]),
+    ((32, 1 << 30), [Batch([(1, 1024)] * 64), Batch([(1, 900)] * 256), Batch(ragged_lens())]),
 )
 _PREFILL_CLASSES: _Classes = (((17, 1 << 30), [Batch([(8192, 8192)]), Batch([(512, 8704)])]),)
 # Head size, and the dtype of keys and values (None for that of queries).
@@ -46,7 +46,7 @@ _KINDS: tuple[tuple[int, torch.dtype | None], ...] = (
 def _tiles(kind: str, head_dim: int, kv_itemsize: int) -> Iterator[Tile]:
     """Candidates, without how contexts are divided."""
     if kind == "decode_attention":
-        options = itertools.product((32, 64, 128), (2, 4, 8), (3, 5, 7))
+        options = itertools.product((16, 32, 64, 128), (1, 2, 4), (3, 5, 7))
         for keys, num_warps, num_stages in options:
             buffers = (num_stages + 1) // 2
             if keys * head_dim * kv_itemsize * 2 * buffers <= 160 << 10:
@@ -65,7 +65,7 @@ def _cuts(kind: str, sequences: int) -> list[Tile]:
     if kind == "prefill_attention":
         return [{"programs": 1, "min_keys": 1024}, {"programs": 2, "min_keys": 1024}]
     if sequences >= 32:
-        return [{"programs": programs, "min_keys": 512} for programs in (2, 8)]
+        return [{"programs": programs, "min_keys": 256} for programs in (2, 8, 16, 32)]
     return [
         {"programs": programs, "min_keys": min_keys}
         for programs in (1, 2, 4, 8)
