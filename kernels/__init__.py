@@ -20,11 +20,14 @@ from pagetier.kernels.metadata import AttentionMetadata
 
 __all__ = [
     "AttentionMetadata",
+    "advance_rows",
+    "change_rows",
     "copy_blocks",
     "gather_blocks",
     "greedy_tokens",
     "linear",
     "paged_attention",
+    "read_rows",
     "sample_tokens",
     "scatter_blocks",
     "transfer_blocks",
@@ -76,12 +79,15 @@ def _on_gpu(values: Any) -> bool:
     return any(isinstance(value, torch.Tensor) and value.is_cuda for value in values)
 
 
-paged_attention = _operation(reference.paged_attention)
-write_kv = _operation(reference.write_kv)
+advance_rows = _operation(reference.advance_rows)
+change_rows = _operation(reference.change_rows)
 copy_blocks = _operation(reference.copy_blocks)
 gather_blocks = _operation(reference.gather_blocks)
+greedy_tokens = _operation(reference.greedy_tokens)
+linear = _operation(reference.linear)
+paged_attention = _operation(reference.paged_attention)
+read_rows = _operation(reference.read_rows)
+sample_tokens = _operation(reference.sample_tokens)
 scatter_blocks = _operation(reference.scatter_blocks)
 transfer_blocks = _operation(reference.transfer_blocks)
-linear = _operation(reference.linear)
-greedy_tokens = _operation(reference.greedy_tokens)
-sample_tokens = _operation(reference.sample_tokens)
+write_kv = _operation(reference.write_kv)

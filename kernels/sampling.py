@@ -369,8 +369,8 @@ def _choose_kernel(
     tl.store(out_ptr + row, token.to(tl.int64))
 
 
-def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
-    """The first highest token of each row; see ``reference.greedy_tokens``.
+def greedy_tokens(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The first highest token of each row; takes and returns what ``reference.greedy_tokens`` does.
 
     Raises:
         ValueError: the logits' dtype or strides are not served.
@@ -379,7 +379,8 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     num_rows, vocabulary = logits.shape
     num_tiles = triton.cdiv(vocabulary, _TILE)
     maxima, argmaxima = _maxima(logits, num_tiles)
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if out is None:
+        out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:
         _highest_kernel[(num_rows,)](
             maxima, argmaxima, out, vocabulary, num_tiles,

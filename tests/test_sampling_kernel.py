@@ -103,6 +103,9 @@ def test_greedy_takes_the_first_highest(dtype, vocabulary, device):
     assert actual.dtype == torch.int64
     assert actual.tolist() == reference.greedy_tokens(logits).tolist()
     assert actual[1:3].tolist() == [0, vocabulary // 2]
+    out = torch.full((5,), -1, device=device)
+    assert sampling.greedy_tokens(logits, out) is out
+    assert torch.equal(out, actual)
 
 
 def test_rows_without_filters_are_drawn_alike_with_and_without_the_filters_kernel(device):

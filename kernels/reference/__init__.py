@@ -18,13 +18,17 @@ from pagetier.kernels.reference.block_copy import (
 from pagetier.kernels.reference.kv_write import write_kv
 from pagetier.kernels.reference.projection import linear
 from pagetier.kernels.reference.sampling import greedy_tokens, sample_tokens
+from pagetier.kernels.reference.step_state import advance_rows, change_rows, read_rows
 
 __all__ = [
+    "advance_rows",
+    "change_rows",
     "copy_blocks",
     "gather_blocks",
     "greedy_tokens",
     "linear",
     "paged_attention",
+    "read_rows",
     "sample_tokens",
     "scatter_blocks",
     "transfer_blocks",

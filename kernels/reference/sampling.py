@@ -28,16 +28,17 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
+def greedy_tokens(logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The first highest token of each row.
 
     Args:
         logits: scores ``(rows, vocabulary)``, any float dtype, dense in the last dimension.
+        out: where to write, int64 ``(rows,)``; None allocates it.
 
     Returns:
         Token ids, int64 ``(rows,)``.
     """
-    return logits.argmax(-1)
+    return torch.argmax(logits, -1, out=out)
 
 
 def sample_tokens(
