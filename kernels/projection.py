@@ -19,9 +19,6 @@ compute capability 9.0): it asks for its first weights, which no kernel writes, 
 for the other's results.
 """
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
-# mypy: disallow-incomplete-defs=False, disallow-untyped-calls=False
-
 import torch
 import triton
 import triton.language as tl
@@ -212,11 +209,11 @@ def linear(
     use = tuning.settings(
         "linear",
         x.device,
+        _TORCH,
         itemsize=x.element_size(),
         num_tokens=num_tokens,
         out_size=out_size,
         in_size=in_size,
-        otherwise=_TORCH,
     )
     if use["kernel"] == "torch" or weight.stride(1) != 1:
         if bias is None:

@@ -65,7 +65,7 @@ Table = Mapping[str, Sequence[Entry]]
 
 
 def settings(
-    operation: str, device: torch.device, *, otherwise: Settings | None = None, **shape: Any
+    operation: str, device: torch.device, otherwise: Settings | None = None, /, **shape: Any
 ) -> Settings:
     """The settings of an operation on ``device`` for a shape; the same read-only mapping each time.
 

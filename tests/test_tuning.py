@@ -42,7 +42,7 @@ def test_first_entry_that_matches_counts_and_ranges_hold_both_ends():
 def test_a_shape_without_settings_is_named():
     with pytest.raises(LookupError, match=r"settings of some for \{'tokens': 3\}"):
         tuning.settings("some", CPU, tokens=3)
-    assert tuning.settings("some", CPU, tokens=3, otherwise={"tile": 1}) == {"tile": 1}
+    assert tuning.settings("some", CPU, {"tile": 1}, tokens=3) == {"tile": 1}
 
 
 def test_settings_cannot_be_changed_by_those_who_get_them(tmp_path):

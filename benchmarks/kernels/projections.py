@@ -81,11 +81,11 @@ def _projection(name: str, num_tokens: int) -> Case:
         use = tuning.settings(
             "linear",
             bench.device,
+            {"kernel": "torch"},
             itemsize=bench.dtype.itemsize,
             num_tokens=num_tokens,
             out_size=shape[0],
             in_size=shape[1],
-            otherwise={"kernel": "torch"},
         )
         ours, cublas = inputs.ours(bench), inputs.cublas(bench)
         return {
