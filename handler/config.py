@@ -47,6 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         enable_drain: serve the routes ``drain`` and ``resume``, to whoever has the key.
         served_model_name: what clients call the model; None takes the archive's name.
         chat_template: path of a Jinja template, instead of the tokenizer's own.
+        tool_call_parser: how the model writes tool calls (``hermes``, ``llama3_json`` or
+            ``mistral``); None finds it in the chat template.
         trust_remote_code: run code that comes with the model.
         device: ``auto`` takes a GPU where there is one.
         load_format: ``dummy`` makes random weights from ``config.json`` alone.
@@ -74,6 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_drain: bool = True
     served_model_name: str | None = None
     chat_template: str | None = None
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral"] | None = None
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"

@@ -29,11 +29,14 @@ from pagetier.handler.openai_schemas import (
     JsonObjectFormat,
     JsonSchemaFormat,
     TokenizeBody,
+    Tool,
     plain_message,
+    plain_tool,
     read_body,
     short,
     without_null_message_fields,
 )
+from pagetier.handler.openai_tools import ToolTemplate, ToolUse
 from pagetier.handler.sampling_params import SamplingParams, StructuredOutputsParams
 from pagetier.handler.tokenizer import Tokenizer
 
@@ -73,10 +76,15 @@ class OpenAIApi:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
+        tool_call_parser: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Serve the model called ``model_name``; the limits are the engine's."""
+        """Serve the model called ``model_name``; the limits are the engine's.
+
+        ``tool_call_parser`` names the form of its tool calls; None finds it in the chat template.
+        """
         self._tokenizer = tokenizer
+        self._tool_template = ToolTemplate(tokenizer, tool_call_parser)
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._clock = clock
@@ -124,7 +132,8 @@ class OpenAIApi:
         self._check_model(fields.model)
         if fields.top_logprobs is not None and not fields.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
-        prompt_ids = self._encode_chat(fields.messages)
+        use = self._tool_template.use(fields)
+        prompt_ids = self._encode_chat(fields.messages, tools=None if use is None else fields.tools)
         max_tokens, param = fields.max_tokens, "max_tokens"
         if fields.max_completion_tokens is not None:
             max_tokens, param = fields.max_completion_tokens, "max_completion_tokens"
@@ -134,8 +143,13 @@ class OpenAIApi:
             prompt_ids,
             self._room(len(prompt_ids), max_tokens, "messages", param, default=None),
             (fields.top_logprobs or 0) if fields.logprobs else None,
+            use=use,
         )
-        return self._respond([request], fields, ChatResponse, client_id or request_id)
+        response = self._respond([request], fields, ChatResponse, client_id or request_id)
+        if use is not None:
+            assert isinstance(response, ChatResponse)
+            response.expect_tool_calls(use.parser, several=use.several)
+        return response
 
     def tokenize(self, body: Any) -> bytes:
         """Answer a body of ``tokenize`` as vLLM does; raises ``InvalidRequest``."""
@@ -146,6 +160,7 @@ class OpenAIApi:
         if fields.messages is not None:
             token_ids = self._encode_chat(
                 fields.messages,
+                tools=fields.tools,
                 add_generation_prompt=fields.add_generation_prompt,
                 # The template writes what the model expects.
                 add_special_tokens=fields.add_special_tokens is True,
@@ -252,13 +267,18 @@ class OpenAIApi:
         self,
         messages: list[ChatMessage],
         *,
+        tools: list[Tool] | None = None,
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
     ) -> list[int]:
         if not messages:
             raise InvalidRequest("messages must not be empty.", param="messages")
+        if tools or any(m.tool_calls or m.role == "tool" for m in messages):
+            self._tool_template.check("tools" if tools else "messages")
         text = self._tokenizer.render_chat(
-            [plain_message(m) for m in messages], add_generation_prompt=add_generation_prompt
+            [plain_message(m) for m in messages],
+            tools=[plain_tool(t) for t in tools] if tools else None,
+            add_generation_prompt=add_generation_prompt,
         )
         return self._tokenizer.encode(
             text, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len
@@ -287,6 +307,8 @@ class OpenAIApi:
         self, num_prompt: int, wanted: int | None, prompt: str, param: str, default: int | None
     ) -> int:
         """How many tokens to generate; raises ``PromptTooLong`` if they do not fit."""
+        if num_prompt == 0:  # such a tokenizer drops spaces, or a chat template empty messages
+            raise InvalidRequest("The prompt has no tokens; say more.", param=prompt)
         room = self.max_model_len - num_prompt
         if room < 1:
             raise self._too_long(num_prompt, prompt)
@@ -312,6 +334,7 @@ class OpenAIApi:
         logprobs: int | None,
         *,
         prompt_logprobs: int | None = None,
+        use: ToolUse | None = None,
     ) -> AddRequest:
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         if any(len(s) > MAX_STOP_CHARACTERS for s in stop):
@@ -338,6 +361,10 @@ class OpenAIApi:
             name: value for name in _SAMPLING_FIELDS if (value := getattr(fields, name)) is not None
         }
         structured_outputs = _structured_outputs(fields)
+        if use is not None:
+            structured_outputs = use.shape(structured_outputs)
+            if use.needs_special_tokens:
+                given["skip_special_tokens"] = False
         if fields.use_beam_search:
             given.setdefault("temperature", 0.0)
         params = SamplingParams(

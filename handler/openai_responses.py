@@ -9,7 +9,7 @@ built from parts that are encoded once per choice, so that a token costs little 
 encoding of its text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +17,7 @@ import msgspec
 from pagetier.handler.errors import EngineError
 from pagetier.handler.messages import AddRequest, RequestOutput, TokenLogprobs
 from pagetier.handler.tokenizer import OutputAssembler, OutputDelta, Tokenizer
+from pagetier.handler.tool_calls import Begin, Content, Event, ToolCallParser
 
 # JSON has no infinity; OpenAI's clients know this number instead.
 MIN_LOGPROB = -9999.0
@@ -56,6 +57,7 @@ class _Choice:
 
     __slots__ = (
         "assembler",
+        "calls",
         "end",
         "event_end",
         "event_start",
@@ -78,6 +80,7 @@ class _Choice:
         self.num_logprob_characters = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.end: OutputDelta | None = None
+        self.calls: _Calls | None = None
         self.is_told = False  # whether the stream has said how it ended
         self.event_start = self.event_end = self.plain_end = b""
 
@@ -85,6 +88,57 @@ class _Choice:
         text = "".join(self.texts)
         self.texts.clear()
         return text
+
+
+class _Calls:
+    """The tool calls of one choice, found in its text, and what of it is no call.
+
+    Attributes:
+        content: what is no call and not sent yet.
+        whole: all that have begun, in OpenAI's shape.
+    """
+
+    def __init__(self, parser: ToolCallParser, *, several: bool) -> None:
+        self._parser = parser
+        self._several = several
+        self._deltas: dict[int, dict[str, Any]] = {}
+        self.content: list[str] = []
+        self.whole: list[dict[str, Any]] = []
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the one call that may be made has been."""
+        return not self._several and self._parser.num_complete > 0
+
+    def read(self, text: str, *, is_last: bool) -> None:
+        """Take more of the output."""
+        events = self._parser.add(text)
+        if is_last:
+            events += self._parser.finish()
+        for event in events:
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        index = len(self.whole)
+        if isinstance(event, Content):
+            # What follows the one call has not been asked for.
+            if not self.is_complete:
+                self.content.append(event.text)
+        elif isinstance(event, Begin):
+            head = {"id": self._parser.new_id(), "type": "function"}
+            function = {"name": event.name, "arguments": ""}
+            self._deltas[index] = {"index": index, **head, "function": {**function}}
+            self.whole.append({**head, "function": function})
+        else:
+            index -= 1
+            delta = self._deltas.setdefault(index, {"index": index, "function": {"arguments": ""}})
+            delta["function"]["arguments"] += event.text
+            self.whole[index]["function"]["arguments"] += event.text
+
+    def take_deltas(self) -> list[dict[str, Any]]:
+        """What has come of calls since it was asked the last time."""
+        deltas, self._deltas = list(self._deltas.values()), {}
+        return deltas
 
 
 class Response:
@@ -280,7 +334,7 @@ class Response:
         assert choice.end is not None, "the response is not finished"
         return {
             "logprobs": self._take_logprobs(choice),
-            "finish_reason": choice.end.finish_reason,
+            "finish_reason": _finish_reason(choice, choice.end),
             "stop_reason": choice.end.stop_reason,
         }
 
@@ -382,6 +436,47 @@ class ChatResponse(Response):
             chunk["usage"] = None
         return chunk
 
+    def expect_tool_calls(self, parser: Callable[[], ToolCallParser], *, several: bool) -> None:
+        """Look for calls in each choice; without ``several`` a choice ends after its first."""
+        for choice in self._choices:
+            choice.calls = _Calls(parser(), several=several)
+
+    def add(self, output: RequestOutput) -> bool:
+        """Take an output, as in the base; a choice may also end with its call."""
+        choice = self._choices_of[output.request_id][output.index]
+        has_ended = choice.end is not None
+        is_to_stop = super().add(output)
+        if choice.calls is not None and not has_ended:
+            choice.calls.read(choice.take_text(), is_last=choice.end is not None)
+            if choice.end is None and choice.calls.is_complete:
+                choice.end = OutputDelta("", [], None, finish_reason="stop")
+                self._num_going -= 1
+                return True
+        return is_to_stop
+
+    def _take_event(self, choice: _Choice) -> bytes:
+        if choice.calls is None:
+            return super()._take_event(choice)
+        deltas, content = choice.calls.take_deltas(), choice.calls.content
+        if choice.is_told or not (deltas or content or choice.logprobs or choice.end):
+            return b""
+        delta: dict[str, Any] = {}
+        if content:
+            delta["content"] = "".join(content)
+            content.clear()
+        if deltas:
+            delta["tool_calls"] = deltas
+        told = {"index": choice.index, "delta": delta}
+        if choice.end is None:
+            told |= {"logprobs": self._take_logprobs(choice), "finish_reason": None}
+        else:
+            choice.is_told = True
+            told |= self._choice_end(choice)
+        chunk = {**self._stream_head(), "choices": [told]}
+        if self._include_usage:
+            chunk["usage"] = None
+        return b"data: " + _json(chunk) + b"\n\n"
+
     def whole(self) -> bytes:
         """The body of a whole response, once ``finished``."""
         choices = [self._whole_choice(choice) for choice in self._choices]
@@ -391,7 +486,11 @@ class ChatResponse(Response):
         return _json(body)
 
     def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.take_text(), "refusal": None}
+        calls = choice.calls
+        content = choice.take_text() if calls is None else "".join(calls.content)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls is not None and calls.whole:
+            message |= {"content": content or None, "tool_calls": calls.whole}
         return {"index": choice.index, "message": message, **self._choice_end(choice)}
 
     def _stream_head(self) -> dict[str, Any]:
@@ -437,6 +536,11 @@ class PredictionResponse(Response):
 
     def _usage_chunk(self) -> dict[str, Any]:
         return {**self._stream_head(), "usage": self._usage()}
+
+
+def _finish_reason(choice: _Choice, end: OutputDelta) -> str | None:
+    has_calls = choice.calls is not None and bool(choice.calls.whole)
+    return "tool_calls" if has_calls and end.finish_reason == "stop" else end.finish_reason
 
 
 def _token_text(data: bytes) -> str:

@@ -14,8 +14,8 @@ from pagetier.handler.sampling_params import StructuredOutputsParams
 
 # Fields of OpenAI's API that change nothing about the output.
 HARMLESS = frozenset({
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 
 # Fields whose feature does not exist yet, with the values that ask for nothing.
@@ -29,8 +29,6 @@ NOT_SUPPORTED_YET: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -147,12 +145,58 @@ class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["text"] = "text"
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn of a chat."""
+class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``arguments`` are a JSON object, as text."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    name: str
+    arguments: str
+
+
+class MessageToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call that the assistant has made."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a chat: a tool's has ``tool_call_id``, an assistant's may have ``tool_calls``."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the model is told of a tool; ``parameters`` is the JSON schema of its arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tool that the model may call."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tool that must be called."""
+
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Call this tool, once."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
 
 
 class ChatBody(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,6 +206,9 @@ class ChatBody(CommonFields, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_completion_tokens: _Int64 | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool = True
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -170,6 +217,7 @@ class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -272,15 +320,68 @@ def without_null_message_fields(body: Any) -> Any:
     return {**body, "messages": messages}
 
 
-def plain_message(message: ChatMessage) -> dict[str, str]:
-    """The message as chat templates know it: its content one text."""
+def plain_message(message: ChatMessage) -> dict[str, Any]:
+    """The message as chat templates know it: its content one text, arguments as objects.
+
+    Raises:
+        InvalidRequest: it lacks what its role needs, or has what only another may have.
+    """
+    if (message.tool_calls is not None) > (message.role == "assistant"):
+        raise InvalidRequest(
+            f"Only a message of the assistant may have tool_calls, not one of {message.role!r}.",
+            param="messages",
+        )
+    if (message.tool_call_id is not None) != (message.role == "tool"):
+        raise InvalidRequest(
+            "A message of a tool, and no other, needs the tool_call_id that it answers.",
+            param="messages",
+        )
     content = message.content
+    if content is None:
+        if not message.tool_calls:
+            raise InvalidRequest(f"A message of {message.role!r} has no content.", param="messages")
+        content = ""
     if not isinstance(content, str):
         content = "\n".join(part.text for part in content)
-    plain = {"role": message.role, "content": content}
+    plain: dict[str, Any] = {"role": message.role, "content": content}
     if message.name is not None:
         plain["name"] = message.name
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.tool_calls is not None:
+        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
     return plain
+
+
+def _plain_call(call: MessageToolCall) -> dict[str, Any]:
+    arguments = _parse_arguments(call.function.arguments)
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": call.type, "function": function}
+
+
+def _parse_arguments(text: str) -> dict[str, Any]:
+    """A call's arguments; raises ``InvalidRequest`` if they are no JSON object."""
+    try:
+        arguments = msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(
+            f"messages: the arguments of a tool call must be a JSON object, as text, not "
+            f"{short(text)}.",
+            param="messages",
+        )
+    return arguments
+
+
+def plain_tool(tool: Tool) -> dict[str, Any]:
+    """The tool as chat templates know it, without what was left out."""
+    function = {
+        name: value
+        for name in ("name", "description", "parameters")
+        if (value := getattr(tool.function, name)) is not None
+    }
+    return {"type": tool.type, "function": function}
 
 
 def _json_type(value: Any) -> str:

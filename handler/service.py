@@ -109,6 +109,7 @@ class PagetierHandler:
             max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             eos_token_ids=ready.eos_token_ids,
+            tool_call_parser=config.tool_call_parser,
         )
         self._pump = Pump(
             self._engine,

@@ -30,6 +30,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from pagetier.handler.errors import EngineError, InvalidRequest
 from pagetier.handler.sampling_params import StructuredOutputsParams
 from pagetier.handler.tokenizer import Tokenizer
+from pagetier.handler.tool_calls import GRAMMAR_TITLE
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class _Vocabulary(TokenizerWrapper):
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
         # Not the base's own, which wants a tokenizer that encodes.
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
-        self.special_token_ids = [t for t in tokenizer.special_token_ids if t < vocab_size]
+        self.special_token_ids = [t for t in tokenizer.special_tokens.values() if t < vocab_size]
         self.eos_token_id = eos_token_id
 
     def __call__(self, text: str) -> list[int]:
@@ -332,8 +333,9 @@ def _grammar_of(params: StructuredOutputsParams) -> tuple[str, str]:
     text = "\n".join(line for line in params.grammar.split("\n") if line.strip())
     if text.count("::=") > _MAX_GBNF_RULES:
         raise InvalidRequest(f"The grammar has more than {_MAX_GBNF_RULES} rules; make it simpler.")
+    name = "parameters of the tools" if text.startswith(GRAMMAR_TITLE) else "grammar"
     try:
-        return "grammar", _HEADER + any_to_lark(text).removeprefix("%llguidance {}")
+        return name, _HEADER + any_to_lark(text).removeprefix("%llguidance {}")
     except Exception as exc:
         raise InvalidRequest(f"The grammar cannot be followed: {_reason(str(exc))}.") from exc
 

@@ -175,12 +175,25 @@ class Tokenizer:
                     param="prompt",
                 )
 
+    @property
+    def tool_template(self) -> str:
+        """The chat template that is used where there are tools; empty if there is none."""
+        template = self._chat_template or self._hf.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default") or ""
+        return str(template)
+
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The chat as one text that ends where the assistant's answer begins.
 
-        Without ``add_generation_prompt`` it ends with the last message.
+        Without ``add_generation_prompt`` it ends with the last message. ``tools`` are put where the
+        template wants them, in OpenAI's form.
 
         Raises:
             InvalidRequest: there is no chat template, or it refuses these messages.
@@ -194,6 +207,7 @@ class Tokenizer:
         try:
             text = self._hf.apply_chat_template(
                 [dict(m) for m in messages],
+                tools=None if tools is None else [dict(t) for t in tools],
                 chat_template=self._chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -212,10 +226,10 @@ class Tokenizer:
         return text
 
     @property
-    def special_token_ids(self) -> list[int]:
-        """Ids of tokens that stand for no text, such as the end of a sequence."""
-        added = self._backend.get_added_tokens_decoder()
-        return sorted(token_id for token_id, token in added.items() if token.special)
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of tokens that stand for no text, such as the end of a sequence, by their names."""
+        added = sorted(self._backend.get_added_tokens_decoder().items())
+        return {token.content: token_id for token_id, token in added if token.special}
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of text that one token stands for; special tokens as they are written."""

@@ -1,18 +1,21 @@
 """Random and mutated requests: no 5xx, no hang, and not a character's change for their neighbours.
 
 Everything runs in this process: real ``ts`` code with a fake frontend, the pump, and a fake engine
-that makes one token a step. PAGETIER_FUZZ_REQUESTS says how many requests there are.
+that makes one token a step. PAGETIER_FUZZ_REQUESTS says how many requests there are. A part of them
+is made from ``docs/openapi.json`` alone, and all that it names must have been sent in the end.
 """
 
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support import tiny_models
+from support.described import Described
 from support.fake_core import VOCAB_SIZE, FakeCore
 from support.frontend import Frontend
 from support.tokenizers import byte_level_tokenizer
@@ -36,11 +39,21 @@ from pagetier.handler.pump import Inbox, Pump
 from pagetier.handler.service import PagetierHandler
 from pagetier.handler.tokenizer import Tokenizer
 
+DESCRIPTION = json.loads(
+    (Path(__file__).parent.parent / "docs" / "openapi.json").read_text(encoding="utf-8")
+)
+COMPONENTS = DESCRIPTION["components"]["schemas"]
 NUM_REQUESTS = int(os.environ.get("PAGETIER_FUZZ_REQUESTS", "2000"))
 REQUESTS_PER_EXAMPLE = 10
 # So short that a request can hardly take longer than its neighbour.
 MAX_MODEL_LEN = 40
 MAX_CALLS = 2000
+# Short, so that chats with tools fit.
+CHAT_TEMPLATE = (
+    "{% if tools %}<tool_call>{{ tools | length }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+)
 NEIGHBOURS = [
     {"prompt": prompt, "max_tokens": 30, "temperature": 0, "ignore_eos": True, "stream": True}
     for prompt in ("the quick brown", "jumps", "日本")
@@ -89,8 +102,9 @@ class Server:
         inbox = Inbox()
         self.engine = Engine(core, inbox)
         self.statuses: Counter[int] = Counter()
+        self.sent: Counter[tuple[str, str]] = Counter()  # routes and fields
         api = OpenAIApi(
-            Tokenizer(byte_level_tokenizer()),
+            Tokenizer(byte_level_tokenizer(), chat_template=CHAT_TEMPLATE),
             model_name="tiny",
             max_model_len=MAX_MODEL_LEN,
             vocab_size=self.engine.core.vocab_size,
@@ -132,6 +146,15 @@ _ROUTES = [
     "v1/completions", "v1/chat/completions", "", "tokenize", "detokenize", "v1/models",
     "v1/models/tiny", "health", "stats", "stats/trace",
 ]  # fmt: skip
+# What the description says of each route that takes a body. Draining stops all others: see below.
+_BODIES = {
+    path.removeprefix("/predictions/{model}").removeprefix("/{version}/"): operations["post"][
+        "requestBody"
+    ]["content"]["application/json"]["schema"]
+    for path, operations in DESCRIPTION["paths"].items()
+    if "requestBody" in operations.get("post", {}) and not path.endswith("drain")
+}
+_described = Described(COMPONENTS)
 _text = st.text(max_size=12) | st.sampled_from(["the fox", "日本", "\ud800", "\x00", "<|eos|>", ""])
 _number = (
     st.integers(-3, 70)
@@ -153,12 +176,30 @@ _prompt = (
     | st.lists(_text, max_size=3)
     | st.lists(st.lists(st.integers(0, 399), min_size=1, max_size=3), max_size=3)
 )
+_call = st.fixed_dictionaries(
+    {
+        "id": _text,
+        "function": st.fixed_dictionaries(
+            {
+                "name": st.sampled_from(["f", "g"]),
+                "arguments": st.sampled_from(["{}", "", "[", "{"]),
+            }
+        ),
+    }
+)
 _message = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": _text},
-    optional={"name": _text, "tool_calls": _json},
+    optional={
+        "name": _text,
+        "tool_calls": st.lists(_call, max_size=2) | _json,
+        "tool_call_id": _text,
+    },
 )
 _schema = st.sampled_from(
     [{"type": "object"}, {"type": "integer"}, {"type": "string", "maxLength": 3}, {"type": 3}]
+)
+_function = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g", "a b"])}, optional={"parameters": _schema}
 )
 # Values that mean something, so that many requests go far.
 _PLAUSIBLE = {
@@ -196,6 +237,9 @@ _PLAUSIBLE = {
         optional={"json_schema": _json},
     ),
     "guided_json": _schema,
+    "tools": st.lists(st.fixed_dictionaries({"function": _function}), max_size=2),
+    "tool_choice": st.sampled_from(["none", "auto", "required", {"function": {"name": "f"}}, "x"]),
+    "parallel_tool_calls": st.booleans(),
 }
 
 
@@ -229,7 +273,9 @@ def _bodies(draw, route):
 def _requests(draw):
     """Route, body as ``ts`` would hand it over, content type, headers."""
     route = draw(st.sampled_from([*_ROUTES, *_ROUTES[:3] * 4, "v1/embeddings", "../x", "\x00"]))
-    shape = draw(st.sampled_from(["fields"] * 8 + ["json", "bytes", "cut", "none"]))
+    shape = draw(
+        st.sampled_from(["fields"] * 6 + ["described"] * 6 + ["json", "bytes", "cut", "none"])
+    )
     headers = draw(
         st.just({}) | st.dictionaries(st.sampled_from(["X-Request-Id", "describe", "body"]),
                                       st.sampled_from(["job", "True", "a b", ""]), max_size=2)
@@ -239,6 +285,8 @@ def _requests(draw):
         return route, None, content_type, headers
     if shape == "bytes":
         return route, bytearray(draw(st.binary(max_size=24))), content_type, headers
+    if shape == "described" and route in _BODIES:
+        return route, draw(_described.values(_BODIES[route])), content_type, headers
     body = draw(_json) if shape == "json" else draw(_bodies(route))
     if shape == "cut":
         data = json.dumps(body).encode()
@@ -294,6 +342,8 @@ def fuzz(server, num_requests):
         for request, client in zip(requests, clients, strict=True):
             check_answer(request, client)
             server.statuses[client.status] += 1
+            if isinstance(request[1], dict):
+                server.sent.update((request[0], field) for field in request[1])
         assert [n.text for n in neighbours] == texts
         assert server.pump.num_open == 0
         server.settle()
@@ -311,10 +361,28 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(pump, "WAIT_SECONDS", 0.0)
 
 
+def test_every_published_route_is_among_the_random_ones():
+    published = {
+        path.removeprefix("/predictions/{model}").removeprefix("/{version}/")
+        for path in DESCRIPTION["paths"]
+    }
+    # Those two would have all others refused.
+    assert {route.replace("tiny", "{name}") for route in _ROUTES} == published - {"drain", "resume"}
+
+
 def test_random_requests_are_answered_and_disturb_nobody(capsys):
     config = EngineConfig.create({"model": "none", "max_model_len": MAX_MODEL_LEN})
     server = Server(FakeCore(config, step_seconds=0.0))
     fuzz(server, NUM_REQUESTS)
+    described = {
+        (route, field)
+        for route, schema in _BODIES.items()
+        for field in COMPONENTS[schema["$ref"].rpartition("/")[2]]["properties"]
+    }
+    never = described - server.sent.keys()
+    if NUM_REQUESTS < 10000:  # on some route, then
+        never = {f for _, f in described} - {f for _, f in server.sent}
+    assert not never
     with capsys.disabled():
         print(f" {server.statuses.total()} requests: {dict(sorted(server.statuses.items()))}")
 

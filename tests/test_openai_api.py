@@ -168,6 +168,18 @@ def test_chat_is_rendered_and_takes_all_the_room(api, tokenizer):
     assert chat(api, max_tokens=3, max_completion_tokens=4).request.params.max_tokens == 4
 
 
+def test_chat_of_no_tokens_is_refused(tokenizer):
+    """The engine cannot begin with nothing."""
+    tokenizer = Tokenizer(byte_level_tokenizer(), chat_template="{{ messages[0].content }}")
+    api = OpenAIApi(
+        tokenizer, model_name="t", max_model_len=9, vocab_size=VOCAB_SIZE, eos_token_ids=()
+    )
+    assert chat(api, messages=[{"role": "user", "content": "a"}])
+    with pytest.raises(InvalidRequest, match="no tokens") as caught:
+        chat(api, messages=[{"role": "user", "content": ""}])
+    assert caught.value.param == "messages"
+
+
 def test_chat_takes_what_openais_client_sends_back(api, tokenizer):
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
@@ -191,7 +203,7 @@ def test_plain_prediction_takes_text_or_fields(api):
         ("n", 1), ("presence_penalty", 0), ("frequency_penalty", 0.0),
         ("repetition_penalty", 1.0), ("logit_bias", {}), ("logit_bias", None), ("min_p", 0),
         ("min_tokens", 0), ("echo", False), ("response_format", {"type": "text"}),
-        ("tools", []), ("tools", None), ("tool_choice", "none"), ("bad_words", []),
+        ("bad_words", []),
         ("skip_special_tokens", True), ("user", "me"), ("metadata", {"a": "b"}), ("store", True),
         ("service_tier", "auto"), ("temperature", None), ("max_tokens", None), ("stop", None),
     ],
@@ -204,7 +216,7 @@ def test_neutral_and_harmless_fields_change_nothing(api, field, value):
     ("field", "value"),
     [
         ("spaces_between_special_tokens", False),
-        ("tools", [{}]), ("functions", [{}]), ("reasoning_effort", "low"),
+        ("functions", [{}]), ("reasoning_effort", "low"),
     ],
 )  # fmt: skip
 def test_features_that_do_not_exist_yet_are_refused(api, field, value):
@@ -374,7 +386,7 @@ def test_wrong_completion_fields_are_told_in_one_sentence(api, body, message, pa
         ({"messages": None}, "missing required field messages", "messages"),
         ({"messages": "hi"}, "expected array, got str", "messages"),
         ({"messages": ["hi"]}, r"\$\.messages\[0\]: expected object, got str", "messages"),
-        ({"messages": [{"role": "user"}]}, "missing required field content", "messages"),
+        ({"messages": [{"role": "user"}]}, "has no content", "messages"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "invalid enum", "messages"),
         ({"messages": [{"role": "developer", "content": "a"}]}, "unknown role", "messages"),
         (

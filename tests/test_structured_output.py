@@ -152,7 +152,7 @@ def test_any_json_object_is_one(grammars, tokenizer):
 
 def test_special_tokens_are_never_allowed_but_the_end_where_the_grammar_may_end(grammars, kind):
     tokenizer = Tokenizer(MAKERS[kind]())
-    special = set(tokenizer.special_token_ids)
+    special = set(tokenizer.special_tokens.values())
     ends = []
     for params in ({"regex": ".*"}, {"choice": ["<|user|>", "<s>", "</s>"]}, {"regex": ".{5}"}):
         constraint = grammars.constrain(StructuredOutputsParams(**params))

@@ -112,6 +112,77 @@ def test_chat_keeps_to_a_json_schema_whole_and_streamed(server):
     assert text == choice.message.content
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {"path": {"type": "string", "maxLength": 6}},
+                "required": ["path"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("exists", "remove")
+]
+
+
+@pytest.mark.parametrize(
+    ("tool_choice", "allowed"),
+    [
+        ("required", {"exists", "remove"}),
+        ({"type": "function", "function": {"name": "remove"}}, {"remove"}),
+    ],
+)
+def test_tool_is_called_where_it_must_be_whole_and_streamed(server, tool_choice, allowed):
+    options = {
+        "model": NAME,
+        "messages": MESSAGES,
+        "temperature": 0,
+        "tools": TOOLS,
+        "tool_choice": tool_choice,
+        "parallel_tool_calls": False,
+    }
+    create = server.client.chat.completions.create
+    choice = create(**options).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    [call] = choice.message.tool_calls
+    assert call.function.name in allowed
+    arguments = json.loads(call.function.arguments)
+    assert list(arguments) == ["path"]
+    assert len(arguments["path"]) <= 6
+    name, text = "", ""
+    for chunk in create(**options, stream=True):
+        for delta in chunk.choices[0].delta.tool_calls or []:
+            name += delta.function.name or ""
+            text += delta.function.arguments
+    assert (name, text) == (call.function.name, call.function.arguments)
+    answer = {"role": "tool", "tool_call_id": call.id, "content": "True"}
+    messages = [*MESSAGES, choice.message, answer]
+    after = create(model=NAME, messages=messages, tools=TOOLS, max_tokens=8, temperature=0)
+    assert after.choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_answer_keeps_to_its_schema_where_no_tool_is_called(server):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+              "additionalProperties": False}  # fmt: skip
+    choice = server.client.chat.completions.create(
+        model=NAME,
+        messages=MESSAGES,
+        temperature=0,
+        tools=TOOLS,
+        parallel_tool_calls=False,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    ).choices[0]
+    if choice.message.tool_calls:
+        assert choice.finish_reason == "tool_calls"
+    else:
+        assert list(json.loads(choice.message.content)) == ["ok"]
+
+
 def test_logprobs_are_of_the_generated_tokens(server):
     answer = complete(server.client, "Return the", max_tokens=5, logprobs=2).choices[0]
     assert len(answer.logprobs.tokens) == 5

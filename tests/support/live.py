@@ -13,6 +13,7 @@ import psutil
 from pagetier.handler.archive import create_archive
 from pagetier.handler.torchserve import TorchServe
 from support.ports import free_ports
+from support.tokenizers import TOOL_TEMPLATE
 
 MODEL_FOLDER = Path(__file__).parents[2] / "model_store" / "pydoc-llama"
 NAME = "pydoc"
@@ -75,8 +76,11 @@ class LiveServer:
 
 @contextlib.contextmanager
 def live_server(folder: Path) -> Iterator[LiveServer]:
-    """Serve the embedded model from ``folder``, which takes the archive and the logs."""
-    archive = create_archive(str(MODEL_FOLDER), folder / f"{NAME}.mar", settings=SETTINGS)
+    """Serve the embedded model, with tools, from ``folder``, which takes archive and logs."""
+    template = folder / "tools.jinja"
+    template.write_text(TOOL_TEMPLATE, encoding="utf-8")
+    settings = {**SETTINGS, "chat_template": str(template)}
+    archive = create_archive(str(MODEL_FOLDER), folder / f"{NAME}.mar", settings=settings)
     with TorchServe([archive], port=free_ports(), log_dir=folder / "logs") as server:
         server.wait_ready(READY_TIMEOUT_S)
         live = LiveServer(server)
