@@ -23,7 +23,7 @@ CONFIG = EngineConfig(model="fake")
 
 @pytest.fixture(autouse=True)
 def _fake_core_importable(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def frontend(model_dir, monkeypatch):
     """A frontend with a loaded worker; the worker's watch over this process is left out."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     monkeypatch.setattr(service, "_watch_parent", lambda: None)
     levels = {name: logging.getLogger(name).level for name in ("", "pagetier")}
     handler = FakeEngineHandler()
@@ -241,7 +241,7 @@ def wait_until_gone(pids, seconds):
 @pytest.mark.parametrize("victim", ["frontend", "worker"])
 @pytest.mark.parametrize("builder", ["build", "build_endless_step"])
 def test_nothing_is_left_of_killed_processes(model_dir, monkeypatch, victim, builder):
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     command = [sys.executable, "-c", _FRONTEND, _WORKER, str(model_dir)]
     with subprocess.Popen(
         [*command, f"support.fake_core:{builder}"], stdout=subprocess.PIPE, text=True
@@ -254,7 +254,7 @@ def test_nothing_is_left_of_killed_processes(model_dir, monkeypatch, victim, bui
 
 
 def test_engine_that_cannot_start_ends_the_worker_with_one_line(model_dir, monkeypatch, caplog):
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     monkeypatch.setattr(service, "_watch_parent", lambda: None)
     handler = FakeEngineHandler()
     handler.engine_builder = "support.fake_core:build_unreadable"
