@@ -422,7 +422,7 @@ def sample_tokens(
     num_tiles = triton.cdiv(vocabulary, _TILE)
     maxima, argmaxima = _maxima(logits, num_tiles)
     sums = torch.empty_like(maxima, dtype=torch.int64)
-    above, found, found_ids = maxima, maxima, maxima  # not touched without a filter
+    above, found, found_ids = maxima, maxima, argmaxima  # not touched without a filter
     if any_filter:
         above = maxima.new_empty(num_rows, num_tiles, _PIVOTS.value)
         found, found_ids = maxima.new_empty(2, num_rows, _TILE).unbind()
