@@ -51,7 +51,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class RequestOutput(msgspec.Struct, frozen=True, array_like=True):
+class RequestOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one request gained in a step. ``finish_reason`` is None while it goes on.
 
     ``finish_reason``: ``stop`` (``stop_reason`` is the token id, None for end of sequence),

@@ -244,7 +244,8 @@ class Scheduler(SequenceBook):
 
     def _share(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         start = sequence.num_computed_tokens
-        samples = num_tokens == sequence.num_uncomputed_tokens
+        num_known = len(sequence.token_ids) + sequence.num_in_flight
+        samples = start + num_tokens == num_known
         if sequence.params.prompt_logprobs is None:
             return ScheduledSequence(sequence, start, num_tokens, samples)
         first, end = self._prompt_logprobs(sequence, num_tokens)

@@ -145,7 +145,7 @@ class SequenceBook:
         for sequence, token_id, logprobs in zip(
             sampled, result.token_ids, result.logprobs, strict=True
         ):
-            if sequence.is_finished:
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.num_in_flight -= 1
             if sequence.group is not None and sequence.group.is_search:
@@ -174,7 +174,9 @@ class SequenceBook:
                 num_cached_tokens=sequence.num_cached_tokens,
                 num_preemptions=sequence.num_preemptions,
                 queue_seconds=sequence.queue_seconds,
-                prompt_logprobs=self._take_prompt_logprobs(sequence),
+                prompt_logprobs=None
+                if sequence.params.prompt_logprobs is None
+                else self._take_prompt_logprobs(sequence),
                 index=sequence.index,
                 has_stop_token=constraint is None
                 or constraint.has_eos
@@ -192,9 +194,7 @@ class SequenceBook:
 
     @staticmethod
     def _take_prompt_logprobs(sequence: Sequence) -> list[TokenLogprobs] | None:
-        """What goes out with a request's first output's first token, if it was asked for."""
-        if sequence.params.prompt_logprobs is None:
-            return None
+        """What goes out with a request's first output's first token, where it was asked for."""
         if sequence.index != 0 or sequence.num_output_tokens != 1:
             return None
         taken, sequence.prompt_logprobs = sequence.prompt_logprobs, []

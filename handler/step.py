@@ -18,7 +18,8 @@ MAX_PROMPT_LOGPROBS_PER_STEP = 256
 
 
 # A struct, since a step has one for each sequence, and a frozen dataclass takes ten times as long.
-class ScheduledSequence(msgspec.Struct, frozen=True):
+# Nothing that it holds refers back to it, so the garbage collector need not look at it.
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """A sequence's share of a step: tokens ``[start, start + num_tokens)``.
 
     The last of these may be a token that an earlier launched step samples and that the host does
