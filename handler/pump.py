@@ -52,14 +52,15 @@ logger = logging.getLogger(__name__)
 WAIT_SECONDS = 0.02
 # With requests open, the frontend calls again at once; if it does not, their clients have left.
 # Counted in ticks and not in seconds: on a machine that is short of processor time, the ticks come
-# as late as the frontend does. It also needs time for each request that it carries.
+# as late as the frontend does. It also needs time for each request that it carries. Together with
+# the time between touches it must leave some of the second in which blocks are to be free again.
 TICK_SECONDS = 0.1
-MAX_QUIET_TICKS = 8
-REQUESTS_PER_QUIET_TICK = 20
+MAX_QUIET_TICKS = 4
+REQUESTS_PER_QUIET_TICK = 100
 STATS_SECONDS = 5.0
 # The frontend looks whether a client has left only when it has a piece for it. So those that have
 # gained nothing get an empty piece from time to time, of which no byte reaches the client.
-TOUCH_SECONDS = 0.25
+TOUCH_SECONDS = 0.2
 
 # A body with more text or token ids than this takes more than some milliseconds to read.
 LARGE_BODY_CHARACTERS = 16384
@@ -98,8 +99,7 @@ class Incoming(NamedTuple):
     client_id: str = ""
 
 
-@dataclasses.dataclass(slots=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True):
     """What to send for the request at ``index`` of an exchange.
 
     ``last``: True ends a response that was opened before, False leaves it open, None says that
@@ -112,7 +112,7 @@ class Reply:
     last: bool | None
     status: int = 200
     content_type: str | None = None
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    headers: Mapping[str, str] = {}
 
 
 class Inbox:
@@ -277,7 +277,7 @@ class Pump:
         with self._lock:
             index_of = {request_id: index for index, request_id in enumerate(ids)}
             self._drop_unless(index_of)
-            new = [r for r in ids if not self._knows(r)]
+            new = [r for r in ids if r not in self._open and not self._knows(r)]
             may_wait = not new and not self._ready
             replies: list[Reply | None] = []
             for message in self._inbox.take(WAIT_SECONDS if may_wait else 0.0):
@@ -579,7 +579,8 @@ class Pump:
                     request.is_accepted = True
                     self._ready[request.request_id] = request
                 continue
-            self._wait_no_longer(output.request_id)
+            if output.request_id in self._waiting:
+                self._wait_no_longer(output.request_id)
             self._ready[request.request_id] = request
             if output.finish_reason == "error":
                 self._fail(request, _error(output))

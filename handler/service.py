@@ -23,6 +23,7 @@ from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
 from pagetier.handler.errors import ConfigError, EngineError, LaunchError
+from pagetier.handler.frame_reader import FrameReader
 from pagetier.handler.messages import RequestOutput
 from pagetier.handler.metrics import Histogram
 from pagetier.handler.metrics_export import MetricsExporter, start_exporting
@@ -47,6 +48,8 @@ _REPEATED_DESCRIPTION_SECONDS = 10.0
 _PARENT_SECONDS = 0.5
 # Where archives may name files outside themselves; the operator's, since archives come from others.
 MODEL_PATHS_VARIABLE = "PAGETIER_MODEL_PATHS"
+# What ``ts`` asks, for each reply, whether it is the last; see ``Reply.last``.
+_CRITERIA = {last: lambda _, last=last: last for last in (True, False, None)}
 # Settings that may name files.
 _PATH_SETTINGS = ("model", "tokenizer", "chat_template")
 
@@ -75,6 +78,7 @@ class PagetierHandler:
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("pagetier").setLevel(logging.INFO)
         _watch_parent()
+        _read_through_a_buffer()
         try:
             self._start(context)
         except EngineError as exc:
@@ -282,7 +286,7 @@ def _apply(replies: list[Reply], ids: list[str], data: list[dict[str, Any]], con
         {position: ids[reply.index] for position, reply in enumerate(replies)}
     )
     # The context lives on between calls, so this is set in each of them.
-    context.stopping_criteria = [lambda _, last=reply.last: last for reply in replies]
+    context.stopping_criteria = [_CRITERIA[reply.last] for reply in replies]
     for position, reply in enumerate(replies):
         if reply.content_type is None:
             continue  # not the first reply to this request: its head has gone out
@@ -316,6 +320,13 @@ def _take_place(model_dir: Path) -> TextIO:
                     "requests; scale the model back with min_worker=1&max_worker=1."
                 ) from None
             time.sleep(0.1)
+
+
+def _read_through_a_buffer() -> None:
+    """Let ``ts`` read so from now on; to be called between two messages, as ``initialize`` is."""
+    from ts.protocol import otf_message_handler
+
+    otf_message_handler._retrieve_buffer = FrameReader()
 
 
 def _watch_parent() -> None:

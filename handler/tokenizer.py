@@ -12,7 +12,6 @@ with and without the new ones; the difference is what they add, spaces included.
 
 import codecs
 import copy
-import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -437,8 +436,7 @@ class StopChecker:
 # --- one request's output --------------------------------------------------------------------
 
 
-@dataclasses.dataclass(slots=True)
-class OutputDelta:
+class OutputDelta(msgspec.Struct):
     """What a request gained: text safe to show, and the tokens behind it.
 
     ``finish_reason`` is None while the request goes on; ``stop_reason`` is then the stop string or
