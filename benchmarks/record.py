@@ -34,6 +34,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def busy_percent() -> float:
+    """How busy all processors are with whatever else runs, over the next second, in percent."""
+    return psutil.cpu_percent(1.0)
+
+
 def save(name: str, result: dict[str, Any], folder: pathlib.Path | None = None) -> pathlib.Path:
     """Write ``result`` as ``NAME.json`` and return where; ``folder`` instead of ``results/``."""
     folder = folder or RESULTS

@@ -531,11 +531,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench.workload = name
             workload = WORKLOADS[name]
             print(f"{name}: {workload.__doc__}", flush=True)
+            busy = record.busy_percent()
             start = time.monotonic()
             rows = workload(bench)
             seconds = time.monotonic() - start
             print(f"{tables.text(rows)}\n({seconds:.0f} s)\n", flush=True)
-            result = {"flags": {**flags, **changes}, "seconds": seconds, "results": rows}
+            result = {
+                "flags": {**flags, **changes},
+                "busy_before_percent": busy,
+                "seconds": seconds,
+                "results": rows,
+            }
             record.save(name.replace("-", "_"), result, args.out)
     return 0
 
