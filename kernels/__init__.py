@@ -32,6 +32,7 @@ __all__ = [
     "scatter_blocks",
     "transfer_blocks",
     "write_kv",
+    "write_rotated_kv",
 ]
 
 logger = logging.getLogger(__name__)
@@ -91,3 +92,4 @@ sample_tokens = _operation(reference.sample_tokens)
 scatter_blocks = _operation(reference.scatter_blocks)
 transfer_blocks = _operation(reference.transfer_blocks)
 write_kv = _operation(reference.write_kv)
+write_rotated_kv = _operation(reference.write_rotated_kv)

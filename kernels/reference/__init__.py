@@ -15,7 +15,7 @@ from pagetier.kernels.reference.block_copy import (
     scatter_blocks,
     transfer_blocks,
 )
-from pagetier.kernels.reference.kv_write import write_kv
+from pagetier.kernels.reference.kv_write import write_kv, write_rotated_kv
 from pagetier.kernels.reference.projection import linear
 from pagetier.kernels.reference.sampling import greedy_tokens, sample_tokens
 from pagetier.kernels.reference.step_state import advance_rows, change_rows, read_rows
@@ -33,4 +33,5 @@ __all__ = [
     "scatter_blocks",
     "transfer_blocks",
     "write_kv",
+    "write_rotated_kv",
 ]
