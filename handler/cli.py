@@ -189,6 +189,8 @@ def _serve(arguments: argparse.Namespace) -> int:
                     settings.get("served_model_name") or name,
                 )
             )
+        if server.inference_key:
+            _say(f"All keys, also those for management, are in '{server.key_path}'.")
         try:
             _say("Stop with Ctrl-C.")
             server.wait()

@@ -125,6 +125,7 @@ class TorchServe:
         inference_url: where requests go, without a slash at the end; likewise ``management_url``
             and ``metrics_url``.
         inference_key: the key that requests must carry; known after ``start``.
+        key_path: the file of all keys, also those for management and for making new ones.
         log_path: TorchServe's and the workers' log.
 
     Raises:
@@ -158,6 +159,7 @@ class TorchServe:
         self._run_dir: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._workers: list[psutil.Process] = []
+        self.key_path = Path()
         self.log_path = Path()
 
     def __enter__(self) -> Self:
@@ -224,7 +226,8 @@ class TorchServe:
                 else f"TorchServe could not be started: {exc.strerror or exc} "
                 f"('{exc.filename or java}')."
             ) from None
-        self._read_keys(run_dir / "key_file.json")
+        self.key_path = run_dir / "key_file.json"
+        self._read_keys()
 
     def wait_ready(
         self, timeout_s: float = 3600.0, on_progress: Callable[[str], None] | None = None
@@ -362,13 +365,13 @@ class TorchServe:
                 preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
 
-    def _read_keys(self, path: Path) -> None:
+    def _read_keys(self) -> None:
         if self._properties.get("disable_token_authorization", "false").lower() == "true":
             return
         deadline = time.monotonic() + 60.0
         while True:
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-                keys = json.loads(path.read_text(encoding="utf-8"))
+                keys = json.loads(self.key_path.read_text(encoding="utf-8"))
                 self.inference_key = keys["inference"]["key"]
                 self._management_key = keys["management"]["key"]
                 return

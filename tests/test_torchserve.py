@@ -1,12 +1,16 @@
 """Launching, against a real TorchServe with a small handler of the test's own and no engine."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 
+import httpx
 import psutil
 import pytest
 from support.fake_archive import ECHO, FAULTY_HANDLER, UNREADABLE_MODEL, write_fake_archive
@@ -64,6 +68,41 @@ def test_server_answers_with_its_key_only_and_leaves_nothing_behind(echo_archive
     assert set(progress) == {"warming up"}
     assert not [process for process in family if process.is_running()]
     assert not run_dir.exists()
+
+
+@pytest.mark.live
+@pytest.mark.xdist_group("live")
+def test_key_that_has_expired_is_refused_and_a_new_one_is_made(echo_archive, tmp_path):
+    """As docs/operations.md tells it."""
+    config = tmp_path / "config.properties"
+    text = DEFAULT_CONFIG.read_text(encoding="utf-8")
+    # Half a minute, since starting takes some of it.
+    config.write_text(re.sub("token_expiration_min=.*", "token_expiration_min=0.5", text))
+    with TorchServe([echo_archive], ts_config=config, port=free_ports()) as server:
+        server.wait_ready(READY_TIMEOUT_S)
+        url = f"{server.inference_url}/ping"
+
+        def answer(key):
+            return httpx.get(url, headers={"Authorization": f"Bearer {key}"})
+
+        old = server.inference_key
+        assert answer(old).status_code == 200
+        deadline = time.monotonic() + 40.0
+        while (refusal := answer(old)).status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert refusal.status_code == 400
+        assert refusal.json()["type"] == "InvalidKeyException"
+        assert "expired" in refusal.json()["message"]
+        keys = json.loads(server.key_path.read_text())
+        token = f"{server.management_url}/token"
+        headers = {"Authorization": f"Bearer {keys['API']['key']}"}
+        made = httpx.get(token, params={"type": "inference"}, headers=headers)
+        assert made.status_code == 200
+        new = json.loads(server.key_path.read_text())["inference"]["key"]
+        assert new != old
+        assert new not in made.text
+        assert answer(new).status_code == 200
+        assert answer(old).status_code == 400
 
 
 @pytest.mark.live

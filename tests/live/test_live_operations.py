@@ -21,7 +21,7 @@ from support.ports import free_ports
 
 from pagetier.handler.archive import create_archive
 from pagetier.handler.cli import main
-from pagetier.handler.torchserve import METRICS_CONFIG, TorchServe
+from pagetier.handler.torchserve import DEFAULT_CONFIG, METRICS_CONFIG, TorchServe
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("live")]
 
@@ -115,15 +115,18 @@ class Management:
         self.url = f"{server.management_url}/models"
         self._headers = {"Authorization": f"Bearer {server._management_key}"}
 
-    def __call__(self, method, path="", **parameters):
-        """The decoded answer."""
-        answer = httpx.request(
+    def ask(self, method, path="", **parameters):
+        return httpx.request(
             method,
             f"{self.url}{path}",
             params={"synchronous": "true", **parameters} if method != "GET" else parameters,
             headers=self._headers,
             timeout=READY_TIMEOUT_S,
         )
+
+    def __call__(self, method, path="", **parameters):
+        """The decoded answer."""
+        answer = self.ask(method, path, **parameters)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -151,18 +154,92 @@ def test_customized_description_waits_for_a_stream_that_runs(server):
     assert text == alone
 
 
-def test_model_is_scaled_to_zero_and_back(tmp_path):
-    archive = create_archive(str(MODEL_FOLDER), tmp_path / f"{NAME}.mar", settings=SETTINGS)
-    with TorchServe([archive], port=free_ports(), log_dir=tmp_path / "logs") as server:
+class Managed:
+    """A server of this module's own, whose models may be registered over HTTP."""
+
+    def __init__(self, server, folder, allowed):
+        self.live = LiveServer(server)
+        self.manage = Management(server)
+        self.folder = folder
+        self.allowed = allowed  # archives may be registered from there
+        self.text = self.say(8)
+
+    def say(self, max_tokens):
+        return complete(self.live.client, "Return the", max_tokens=max_tokens).choices[0].text
+
+
+@pytest.fixture(scope="module")
+def managed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("managed")
+    allowed = folder / "allowed"
+    allowed.mkdir()
+    config = folder / "config.properties"
+    text = DEFAULT_CONFIG.read_text(encoding="utf-8")
+    text = text.replace("enable_model_api=false", "enable_model_api=true")
+    config.write_text(text.replace("allowed_urls=file://.*", f"allowed_urls=file://{allowed}/.*"))
+    archive = create_archive(str(MODEL_FOLDER), folder / f"{NAME}.mar", settings=SETTINGS)
+    server = TorchServe([archive], ts_config=config, port=free_ports(), log_dir=folder / "logs")
+    with server:
         server.wait_ready(READY_TIMEOUT_S)
-        live = LiveServer(server)
-        manage = Management(server)
-        with live.client:
-            text = complete(live.client, "Return the", max_tokens=8).choices[0].text
-            manage("PUT", f"/{NAME}", min_worker=0, max_worker=0)
-            body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1})
-            assert live.post("completions", body).status_code == 503
-            manage("PUT", f"/{NAME}", min_worker=1, max_worker=1)
-            [described] = manage("GET", f"/{NAME}")
-            assert [worker["status"] for worker in described["workers"]] == ["READY"]
-            assert complete(live.client, "Return the", max_tokens=8).choices[0].text == text
+        yield Managed(server, folder, allowed)
+
+
+def test_model_is_scaled_to_zero_and_back(managed):
+    managed.manage("PUT", f"/{NAME}", min_worker=0, max_worker=0)
+    body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 1})
+    assert managed.live.post("completions", body).status_code == 503
+    managed.manage("PUT", f"/{NAME}", min_worker=1, max_worker=1)
+    [described] = managed.manage("GET", f"/{NAME}")
+    assert [worker["status"] for worker in described["workers"]] == ["READY"]
+    assert managed.say(8) == managed.text
+
+
+def test_second_model_is_registered_and_unregistered_beside_the_first(managed):
+    """As docs/operations.md says: only archives of one folder, only with the management key."""
+    live, manage = managed.live, managed.manage
+    second = managed.allowed / "second.mar"
+    create_archive(str(MODEL_FOLDER), second, settings=SETTINGS)
+
+    def register(archive):
+        return manage.ask("POST", url=f"file://{archive}", initial_workers=1).status_code
+
+    def ask_second():
+        return httpx.post(
+            f"{live.server.openai_base_url('second')}/completions",
+            json={"prompt": "Return the", "max_tokens": 8, "temperature": 0},
+            headers=live.headers,
+            timeout=60,
+        )
+
+    outside = managed.folder / f"{NAME}.mar"
+    assert outside.exists()
+    assert register(outside) >= 400
+    assert register(f"{managed.allowed}/../{outside.name}") >= 400
+    assert httpx.post(manage.url, params={"url": f"file://{second}"}).status_code == 400
+    assert ask_second().status_code == 404
+    alone = managed.say(400)
+    stream = complete(live.client, "Return the", max_tokens=400, stream=True)
+    streamed = next(stream).choices[0].text
+    assert register(second) == 200
+    assert ask_second().json()["choices"][0]["text"] == managed.text
+    assert manage.ask("DELETE", "/second/1.0").status_code == 200
+    assert ask_second().status_code == 404
+    assert streamed + "".join(c.choices[0].text for c in stream if c.choices) == alone
+    assert managed.say(8) == managed.text
+
+
+def test_second_worker_does_not_start_and_the_first_serves_on(managed):
+    managed.manage.ask("PUT", f"/{NAME}", min_worker=2, max_worker=2, synchronous="false")
+    log = managed.live.server.log_path
+
+    def says_why():
+        assert managed.say(60).startswith(managed.text), "the first one must serve meanwhile"
+        return "Another worker of this model runs already" in log.read_text()
+
+    wait_for(says_why, 60.0, "the log does not say why")
+    for _ in range(5):
+        assert managed.say(60).startswith(managed.text)
+    managed.manage("PUT", f"/{NAME}", min_worker=1, max_worker=1)
+    [described] = managed.manage("GET", f"/{NAME}")
+    assert [worker["status"] for worker in described["workers"]] == ["READY"]
+    assert managed.say(8) == managed.text
