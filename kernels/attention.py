@@ -40,21 +40,13 @@ from pagetier.kernels.metadata import AttentionMetadata
 
 # Rows of a tile: tl.dot takes no fewer than 16.
 _MIN_ROWS = 16
-# Elements of partial results that a warp combines at once; more would not fit its registers.
+# Elements of partial results that are combined in one round, and rounds that are under way at once,
+# unless a single result is larger; in shared memory, of which small cards have little.
 _COMBINED_ELEMENTS = 2048
+_COMBINE_STAGES = 5
 _MULTIPROCESSORS_OF_UNKNOWN_DEVICE = 64
 # Fewer decodes are over sooner than a second stream is started.
 _MIN_DECODES_BESIDE_PROMPTS = 16
-
-
-@triton.jit
-def _widen(x, dtype: tl.constexpr):
-    """A tile of the cache as an operand of ``dtype``; exact, since 8 bits fit."""
-    if x.dtype == tl.int8:
-        # Converting integers is slow. Those from 0 to 255 are also the low bits of 2^23 and above.
-        bits = (x.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32) | 0x4B000000
-        return (bits.to(tl.float32, bitcast=True) - 8388736.0).to(dtype)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -90,7 +82,7 @@ def _attend(
             k = tl.load(k_at, mask=readable[None, :] & (key_dim < KEY_DIM)[:, None], other=0.0)
         else:
             k = tl.load(k_at)
-        scores = tl.dot(q, _widen(k, q.dtype), input_precision="ieee")
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
         if QUANTISED:
             k_scale = tl.load(
                 k_scale_ptr + block * k_scale_stride_block + slot * k_scale_stride_slot,
@@ -135,7 +127,7 @@ def _attend(
             )
             weights = weights * (v_scale * 64.0)[None, :]
         mixed = mixed * decay[:, None]
-        mixed = tl.dot(weights.to(q.dtype), _widen(v, q.dtype), mixed, input_precision="ieee")
+        mixed = tl.dot(weights.to(q.dtype), v.to(q.dtype), mixed, input_precision="ieee")
         maximum = new_maximum
     return maximum, total, mixed
 
@@ -186,6 +178,7 @@ def _paged_attention_kernel(
     KEY_DIM: tl.constexpr, KEY_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, FIELDS: tl.constexpr, COMBINED: tl.constexpr,
+    COMBINE_STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):  # fmt: skip
@@ -292,16 +285,17 @@ def _paged_attention_kernel(
     else:
         # Rows that exist only because tl.dot wants 16 are not kept.
         KEPT: tl.constexpr = QUERIES * GROUP_PADDED
+        # Statistics of a program fill whole cache lines: small copies go through the first cache,
+        # which must not hold a line before all that is in it was written.
+        STATISTICS: tl.constexpr = KEPT * 2 if KEPT > 16 else 32
         kv_heads = tl.num_programs(0)
         value_dim = tl.arange(0, VALUE_DIM_PADDED)
-        place = (item * kv_heads + kv_head).to(tl.int64) * KEPT + row
-        tl.store(statistics_ptr + place * 2, maximum, mask=row < KEPT)
-        tl.store(statistics_ptr + place * 2 + 1, total, mask=row < KEPT)
-        tl.store(
-            partial_ptr + place[:, None] * VALUE_DIM_PADDED + value_dim[None, :],
-            mixed,
-            mask=(row < KEPT)[:, None],
-        )
+        place = (item * kv_heads + kv_head).to(tl.int64)
+        at = statistics_ptr + place * STATISTICS + row * 2
+        tl.store(at, maximum, mask=row < KEPT)
+        tl.store(at + 1, total, mask=row < KEPT)
+        at = partial_ptr + (place * KEPT + row)[:, None] * VALUE_DIM_PADDED + value_dim[None, :]
+        tl.store(at, mixed, mask=(row < KEPT)[:, None])
         # All of this program's stores come before its count, and the count is one thread's work.
         tl.debug_barrier()
         counter = counters_ptr + first_item * kv_heads + kv_head
@@ -312,20 +306,16 @@ def _paged_attention_kernel(
             all_maximum = tl.full([KEPT], float("-inf"), tl.float32)
             all_total = tl.zeros([KEPT], tl.float32)
             all_mixed = tl.zeros([KEPT, VALUE_DIM_PADDED], tl.float32)
-            for start in range(0, num_items, COMBINED):
+            for start in tl.range(0, num_items, COMBINED, num_stages=COMBINE_STAGES):
                 part = start + tl.arange(0, COMBINED)
-                places = ((first_item + part) * kv_heads + kv_head).to(tl.int64) * KEPT
-                places = places[:, None] + kept[None, :]
                 ok = (part < num_items)[:, None]
-                # Past the first cache, which may hold older values.
-                maxima = tl.load(
-                    statistics_ptr + places * 2, mask=ok, other=float("-inf"), cache_modifier=".cg"
-                )
-                totals = tl.load(
-                    statistics_ptr + places * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg"
-                )
+                places = ((first_item + part) * kv_heads + kv_head).to(tl.int64)[:, None]
+                statistics = statistics_ptr + places * STATISTICS + kept[None, :] * 2
+                maxima = tl.load(statistics, mask=ok, other=float("-inf"), cache_modifier=".cg")
+                totals = tl.load(statistics + 1, mask=ok, other=0.0, cache_modifier=".cg")
+                rows = (places * KEPT + kept[None, :]) * VALUE_DIM_PADDED
                 mixes = tl.load(
-                    partial_ptr + places[:, :, None] * VALUE_DIM_PADDED + value_dim[None, None, :],
+                    partial_ptr + rows[:, :, None] + value_dim[None, None, :],
                     mask=ok[:, :, None],
                     other=0.0,
                     cache_modifier=".cg",
@@ -476,7 +466,8 @@ def _prepare(
         KEY_DIM=key_dim, KEY_DIM_PADDED=_padded(key_dim),
         VALUE_DIM=value_dim, VALUE_DIM_PADDED=value_dim_padded,
         BLOCK_SIZE=block_size, KEYS=tile.keys, FIELDS=FIELDS,
-        COMBINED=max(_COMBINED_ELEMENTS * tile.num_warps // (kept_rows * value_dim_padded), 1),
+        COMBINED=max(_COMBINED_ELEMENTS // (kept_rows * value_dim_padded), 1),
+        COMBINE_STAGES=_COMBINE_STAGES if kept_rows * value_dim_padded <= _COMBINED_ELEMENTS else 1,
         HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
         QUANTISED=k_scale is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -541,6 +532,11 @@ def _tile(
     return Tile(**{"rows": rows, **tuning.settings(operation, q.device, **shape)})
 
 
+def kv_name(dtype: torch.dtype) -> str:
+    """A cache's dtype as tables of settings name it: dtypes of equal size may want others."""
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(dtype, f"{dtype.itemsize} bytes")
+
+
 def _padded(dim: int) -> int:
     return int(max(triton.next_power_of_2(dim), 16))
 
@@ -565,10 +561,9 @@ def _workspace(
     key = ("workspace", num_places, kept_rows, width)
     if key not in metadata.workspace:
         device = metadata.seq_lens.device
-        num_rows = num_places * kept_rows
         metadata.workspace[key] = (
-            torch.empty(num_rows * width, dtype=torch.float32, device=device),
-            torch.empty(num_rows * 2, dtype=torch.float32, device=device),
+            torch.empty(num_places * kept_rows * width, dtype=torch.float32, device=device),
+            torch.empty(num_places * max(kept_rows * 2, 32), dtype=torch.float32, device=device),
             torch.zeros(num_places, dtype=torch.int32, device=device),
         )
     workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = metadata.workspace[key]

@@ -64,9 +64,12 @@ def _plan_decodes_kernel(
     is_decode = query_end - query_start == 1
     num_keys = tl.where(is_decode, tl.minimum(seq_len, window), 0)
     total = tl.sum(num_keys, 0)
-    per_item = tl.maximum(tl.cdiv(tl.cdiv(total, target_items), keys) * keys, min_keys)
-    # A sequence of length 0 gets an item too, which writes its zeros.
-    counts = tl.where(is_decode, tl.maximum(tl.cdiv(num_keys, per_item), 1), 0)
+    wanted = tl.maximum(tl.cdiv(total, target_items), min_keys)
+    # As many items as come closest to what is wanted, equally long but for the last. A sequence of
+    # length 0 gets an item too, which writes its zeros.
+    counts = tl.maximum((num_keys + wanted // 2) // wanted, 1)
+    per_items = tl.maximum(tl.cdiv(tl.cdiv(num_keys, counts), keys), 1) * keys
+    counts = tl.where(is_decode, tl.maximum(tl.cdiv(num_keys, per_items), 1), 0)
     if own == 0:
         for start in range(tl.sum(counts, 0), max_items, LANES):
             unused = start + tl.arange(0, LANES)
@@ -76,6 +79,7 @@ def _plan_decodes_kernel(
     num_items = tl.sum(tl.where(row == own, counts, 0), 0)
     own_len = tl.sum(tl.where(row == own, seq_len, 0), 0)
     own_token = tl.sum(tl.where(row == own, query_start, 0), 0)
+    per_item = tl.sum(tl.where(row == own, per_items, 0), 0)
     begin = tl.maximum(own_len - window, 0)
     for start in range(0, num_items, LANES):
         part = start + tl.arange(0, LANES)
@@ -100,7 +104,7 @@ def decode_items(
     Args:
         metadata: of the step.
         window: last positions that a token sees; 0 means all.
-        target_items: about how many items long sequences are divided into, all together.
+        target_items: about how many items all positions together would be divided into.
         keys: positions that a program reads in one round; items are multiples of it.
         min_keys: fewest positions of an item, if its sequence has as many.
     """
@@ -147,18 +151,20 @@ def prefill_items(
         position = seq_lens - query_lens[sequence] + offset
         end = position + num_queries
         begin = np.maximum(position - window + 1, 0) if window else np.zeros_like(position)
-        per_item = -(-(end - begin).sum() // target_items)
-        per_item = max(-(-per_item // keys) * keys, min_keys)
-        order = np.argsort(begin - end, kind="stable")
-        counts = -(-(end - begin)[order] // per_item)
+        num_keys = end - begin
+        wanted = max(-(-num_keys.sum() // target_items), min_keys)
+        counts = np.maximum((num_keys + wanted // 2) // wanted, 1)
+        per_item = -(-num_keys // (counts * keys)) * keys
+        order = np.argsort(-num_keys, kind="stable")
+        counts = -(-num_keys // per_item)[order]
         tile, part = _repeat(order, counts)
-        first = begin[tile] + part * per_item
+        first = begin[tile] + part * per_item[tile]
         rows = np.empty((len(tile), FIELDS), dtype=np.int32)
         for field, values in enumerate((
             sequence[tile],
             (starts[sequence] + offset)[tile],
             first,
-            np.minimum(first + per_item, end[tile]),
+            np.minimum(first + per_item[tile], end[tile]),
             position[tile],
             num_queries[tile],
             np.arange(len(tile)) - part,

@@ -231,8 +231,8 @@ def items_of(lens, *, is_decode, **cut):
 def test_decode_items_divide_long_contexts_evenly():
     cut = {"is_decode": True, "window": 0, "keys": 16, "min_keys": 32}
     lens = [(1, 100), (2, 50), (1, 0), (1, 30)]
-    # 130 positions in about 4 items: 48 each. Fields: sequence, token, first, last, position of
-    # the query, queries, first item, items.
+    # 130 positions would be 4 items of 33, and 100 are 3 of these: 34 each, in rounds of 16.
+    # Fields: sequence, token, first, last, position of the query, queries, first item, items.
     assert items_of(lens, target_items=4, **cut) == [
         [0, 0, 0, 48, 99, 1, 0, 3],
         [0, 0, 48, 96, 99, 1, 0, 3],
@@ -240,8 +240,10 @@ def test_decode_items_divide_long_contexts_evenly():
         [2, 3, 0, 0, -1, 1, 3, 1],
         [3, 4, 0, 30, 29, 1, 4, 1],
     ]
-    assert len(items_of(lens, target_items=1000, **cut)) == 4 + 1 + 1
+    assert len(items_of(lens, target_items=1000, **cut)) == 3 + 1 + 1
     assert len(items_of(lens, target_items=1, **cut)) == 3
+    # Just above what is wanted is no reason for a second item.
+    assert len(items_of([(1, 100)] * 9 + [(1, 103)], target_items=10, **cut)) == 10
     windowed = items_of([(1, 100)], target_items=4, **{**cut, "window": 20})
     assert windowed == [[0, 0, 80, 100, 99, 1, 0, 1]]
 

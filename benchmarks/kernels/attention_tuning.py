@@ -23,6 +23,7 @@ import benchmarks
 from benchmarks.kernels.attention import Batch, Heads, Inputs, quantise, ragged_lens
 from benchmarks.kernels.bench import Bench, Tuned
 from pagetier.kernels import tuning
+from pagetier.kernels.attention import kv_name
 
 logger = logging.getLogger(__name__)
 
@@ -184,16 +185,14 @@ def tune(bench: Bench, deadline: float) -> Iterator[Tuned]:
     if bench.device.type == "cuda":
         _compile_all(bench, kinds)
     for kind, head_dim, dtype in kinds:
-        itemsize = (dtype or bench.dtype).itemsize
         is_decode = kind == "decode_attention"
         for bounds, batches in _DECODE_CLASSES if is_decode else _PREFILL_CLASSES:
             best = _best(bench, kind, batches, head_dim, dtype, deadline)
             if best is None:
                 return
             when = {
-                "row_bytes": head_dim * itemsize,
-                "kv_itemsize": itemsize,
-                "itemsize": bench.dtype.itemsize,
+                "row_bytes": head_dim * (dtype or bench.dtype).itemsize,
+                "kv": kv_name(dtype or bench.dtype),
                 "sequences" if is_decode else "rows": list(bounds),
             }
             tile, seconds = best
