@@ -8,16 +8,17 @@ An all-greedy batch takes the first of these kernels, and one that compares the 
 
 - ``_maxima_kernel``, grid ``(tiles, rows)``: each tile's highest logit and where it is.
 - ``_weights_kernel``, grid ``(tiles, rows)``: each tile's sum of weights; and for rows with top-k
-  or top-p, how many tokens, or how much weight, lie above each of some pivots.
-- ``_choose_kernel``, grid ``(rows,)``: collects the tokens above the highest pivot that has enough
-  above it (usually a few hundred), finds by bisection the logit down to which tokens are kept, and
-  walks along what is kept to the token that the random number picks. A row without filters walks
-  only the tile that the number falls into.
+  or top-p, how many tokens, and how much weight, lie above each of some pivots.
+- ``_collect_kernel``, grid ``(tiles, rows)``: the tokens above the highest pivot that has enough
+  above it, usually a few hundred, in order.
+- ``_choose_kernel``, grid ``(rows,)``: finds by bisection of these the logit down to which tokens
+  are kept, and walks along what is kept to the token that the random number picks. A row without
+  filters walks only along the tile that the number falls into.
 
 So logits are read from memory two or three times, in full only twice where the distribution has a
-peak: tiles whose highest logit is below the pivot are skipped. Where more than a tile's worth of
-tokens is left (a nearly flat distribution, or a top-k of thousands), each step of the bisection
-reads the row again, which is slower and as exact.
+peak: tiles without a token above the pivot are skipped. Where more tokens than are collected are
+left (a nearly flat distribution, or a top-k of thousands), each step of the bisection reads the row
+again, which is slower and as exact.
 
 Results equal the reference's but where ``exp`` rounds otherwise: a token may differ whose
 cumulative weight is within some 1e-6 of the random number's, and top-p may keep one token more or
@@ -32,8 +33,14 @@ import triton.language as tl
 from pagetier.kernels.reference.sampling import WEIGHT_BITS
 
 _TILE = 4096
+# Tokens of a row that are collected at most, and how many of them are looked at at once.
+_FOUND = 8192
+_PIECE = 1024
 _NUM_WARPS = 4
-_CHOOSE_NUM_WARPS = 8
+# Where a tile takes many registers: more threads share it, and where they still take too many for
+# three programs on a multiprocessor, so many and no more.
+_WIDE_NUM_WARPS = 8
+_MOST_REGISTERS = 80
 
 _PIVOTS = tl.constexpr(16)
 _WEIGHT_ONE = tl.constexpr(2.0**WEIGHT_BITS)
@@ -52,22 +59,16 @@ def _load_tile(logits_ptr, row, stride, tile, vocabulary, TILE: tl.constexpr):
 
 
 @triton.jit
-def _weight(logits, highest, inverse_temperature, min_p):
-    """Integer weights; comparisons are false for NaN, whose weight is 0 then."""
-    weights = tl.exp((logits - highest) * inverse_temperature)
-    kept = (weights >= min_p) & (weights > 0.0)
-    return (tl.where(kept, weights, 0.0) * _WEIGHT_ONE).to(tl.int64)
+def _share(logits, highest, inverse_temperature, min_p):
+    """Weights as shares of the highest; comparisons are false for NaN, whose weight is 0 then."""
+    shares = tl.exp((logits - highest) * inverse_temperature)
+    return tl.where((shares >= min_p) & (shares > 0.0), shares, 0.0)
 
 
 @triton.jit
-def _pivot(index, highest, temperature):
-    """A logit below the highest, from half an octave of weight to 41: beyond, weights are 0.
-
-    At temperatures above 1 octaves are those of temperature 1, which reach less far.
-    """
-    index = index * 1.0
-    octaves = 0.5 + 0.6 * index + 0.14 * index * index
-    return highest - 0.6931472 * octaves * tl.minimum(temperature, 1.0)
+def _weight(logits, highest, inverse_temperature, min_p):
+    """Integer weights."""
+    return (_share(logits, highest, inverse_temperature, min_p) * _WEIGHT_ONE).to(tl.int64)
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def _maxima_kernel(
 
 @triton.jit
 def _weights_kernel(
-    logits_ptr, maxima_ptr, sums_ptr, above_ptr,
+    logits_ptr, maxima_ptr, sums_ptr, bounds_ptr, counts_ptr, above_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     stride, float_stride, int_stride, vocabulary, num_tiles,
     TILE: tl.constexpr, TILES: tl.constexpr, ANY_FILTER: tl.constexpr,
@@ -130,49 +131,113 @@ def _weights_kernel(
             maxima_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf")
         )
         highest = tl.max(maxima, 0)
-        inverse_temperature = 1.0 / tl.maximum(temperature, 1e-30)
         logits = _load_tile(logits_ptr, row, stride, tile, vocabulary, TILE)
         min_p = tl.load(min_p_ptr + row * float_stride)
-        weights = _weight(logits, highest, inverse_temperature, min_p)
+        shares = _share(logits, highest, 1.0 / tl.maximum(temperature, 1e-30), min_p)
         place = row * num_tiles + tile
-        tl.store(sums_ptr + place, tl.sum(weights, 0))
+        tl.store(sums_ptr + place, tl.sum((shares * _WEIGHT_ONE).to(tl.int64), 0))
         if ANY_FILTER:
             has_top_k = tl.load(top_k_ptr + row * int_stride) < vocabulary
-            if has_top_k | (tl.load(top_p_ptr + row * float_stride) < 1.0):
-                counted = tl.where(has_top_k, 1.0, weights.to(tl.float32))
-                for pivot in tl.static_range(_PIVOTS):
-                    bound = _pivot(pivot, highest, temperature)
-                    above = tl.sum(tl.where(logits >= bound, counted, 0.0), 0)
-                    tl.store(above_ptr + place * _PIVOTS + pivot, above)
+            has_top_p = tl.load(top_p_ptr + row * float_stride) < 1.0
+            if has_top_k | has_top_p:
+                # Octaves of weight; at temperatures above 1, those of temperature 1.
+                octave = 0.6931472 * tl.minimum(temperature, 1.0)
+                for pair in tl.static_range(_PIVOTS // 2):
+                    # Two counts of up to a tile are summed as one number.
+                    packed = tl.zeros([TILE], tl.int32)
+                    for index in tl.static_range(2):
+                        pivot = pair * 2 + index
+                        # From half an octave to 41: beyond, at temperatures up to 1, weights are 0.
+                        octaves = 0.5 + 0.6 * pivot + 0.14 * pivot * pivot
+                        bound = highest - octaves * octave
+                        # The same from every tile.
+                        tl.store(bounds_ptr + row * _PIVOTS + pivot, bound)
+                        is_above = logits >= bound
+                        packed += is_above.to(tl.int32) << (16 * index)
+                        if has_top_k == 0:
+                            above = tl.sum(tl.where(is_above, shares, 0.0), 0)
+                            tl.store(above_ptr + place * _PIVOTS + pivot, above)
+                    counts = tl.sum(packed, 0)
+                    tl.store(counts_ptr + place * _PIVOTS + pair * 2, counts & 0xFFFF)
+                    tl.store(counts_ptr + place * _PIVOTS + pair * 2 + 1, counts >> 16)
 
 
 @triton.jit
-def _load_candidates(
-    logits_ptr, found_ptr, row, stride, start, count, is_compact, TILE: tl.constexpr
-):
-    """A tile of the collected tokens, or of the row if they were too many; and which are there."""
-    place = start + tl.arange(0, TILE)
+def _pivot(
+    sums_ptr, bounds_ptr, counts_ptr, above_ptr, row, tile, temperature, top_k, top_p, has_top_k,
+    num_tiles, TILES: tl.constexpr,
+):  # fmt: skip
+    """Which tokens to collect: those from the highest pivot on that has enough above it.
+
+    Returns:
+        The pivot's logit; whether it can be relied on; how many tokens lie above it in all tiles,
+        in those before ``tile``, and in ``tile``.
+    """
+    tiles = tl.arange(0, TILES)
+    pivots = tl.arange(0, _PIVOTS)
+    place = (row * num_tiles + tiles[:, None]) * _PIVOTS + pivots[None, :]
+    exists = tiles[:, None] < num_tiles
+    counts = tl.load(counts_ptr + place, mask=exists, other=0)
+    if has_top_k:
+        too_few = tl.sum(counts, 0) < top_k
+    else:
+        sums = tl.load(sums_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0)
+        above = tl.sum(tl.load(above_ptr + place, mask=exists, other=0.0), 0)
+        # Sums in float32 need a margin.
+        too_few = above < tl.sum(sums, 0).to(tl.float32) / _WEIGHT_ONE * top_p * 1.001
+    first = tl.sum(too_few.to(tl.int32), 0)
+    is_reliable = (first < _PIVOTS) | (temperature <= 1.0)
+    first = tl.minimum(first, _PIVOTS - 1)
+    counts = tl.sum(tl.where(pivots[None, :] == first, counts, 0), 1)
+    num_before = tl.sum(tl.where(tiles < tile, counts, 0), 0)
+    num_inside = tl.sum(tl.where(tiles == tile, counts, 0), 0)
+    bound = tl.load(bounds_ptr + row * _PIVOTS + first)
+    return bound, is_reliable, tl.sum(counts, 0), num_before, num_inside
+
+
+@triton.jit
+def _collect_kernel(
+    logits_ptr, sums_ptr, bounds_ptr, counts_ptr, above_ptr, found_ptr, found_ids_ptr,
+    temperature_ptr, top_k_ptr, top_p_ptr,
+    stride, float_stride, int_stride, vocabulary, num_tiles,
+    TILE: tl.constexpr, TILES: tl.constexpr, FOUND: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row * float_stride)
+    top_k = tl.load(top_k_ptr + row * int_stride)
+    top_p = tl.load(top_p_ptr + row * float_stride)
+    has_top_k = top_k < vocabulary
+    if (temperature > 0.0) & (has_top_k | (top_p < 1.0)):
+        bound, is_reliable, num_found, num_before, num_inside = _pivot(
+            sums_ptr, bounds_ptr, counts_ptr, above_ptr, row, tile, temperature, top_k, top_p,
+            has_top_k, num_tiles, TILES,
+        )  # fmt: skip
+        if is_reliable & (num_found <= FOUND) & (num_inside > 0):
+            logits = _load_tile(logits_ptr, row, stride, tile, vocabulary, TILE)
+            wanted = logits >= bound
+            place = row * FOUND + num_before + tl.cumsum(wanted.to(tl.int32), 0) - 1
+            tl.store(found_ptr + place, logits, mask=wanted)
+            tl.store(found_ids_ptr + place, tile * TILE + tl.arange(0, TILE), mask=wanted)
+
+
+@triton.jit
+def _load_piece(ptr, start, count, PIECE: tl.constexpr):
+    """Candidates of a row, and which are there."""
+    place = start + tl.arange(0, PIECE)
     exists = place < count
-    nothing = float("-inf")
-    collected = tl.load(found_ptr + row * TILE + place, mask=exists & is_compact, other=nothing)
-    logits = tl.load(
-        logits_ptr + row * stride + place, mask=exists & (is_compact == 0), other=nothing
-    )
-    return tl.where(is_compact, collected, logits.to(tl.float32)), exists
+    return tl.load(ptr + place, mask=exists, other=float("-inf")).to(tl.float32), exists
 
 
 @triton.jit
 def _total(
-    key, BY_WEIGHT: tl.constexpr,
-    logits_ptr, found_ptr, row, stride, count, is_compact, highest, inverse_temperature, min_p,
-    TILE: tl.constexpr, EMPTY_BITS: tl.constexpr,
+    key, BY_WEIGHT: tl.constexpr, ptr, count, highest, inverse_temperature, min_p,
+    PIECE: tl.constexpr, EMPTY_BITS: tl.constexpr,
 ):  # fmt: skip
     """How many candidates have at least this key, or how much they weigh."""
     total = tl.zeros([], tl.int64)
-    for start in range(0, count, TILE):
-        logits, exists = _load_candidates(
-            logits_ptr, found_ptr, row, stride, start, count, is_compact, TILE
-        )
+    for start in range(0, count, PIECE):
+        logits, exists = _load_piece(ptr, start, count, PIECE)
         chosen = exists & (_key(logits, EMPTY_BITS) >= key)
         if BY_WEIGHT:
             weights = _weight(logits, highest, inverse_temperature, min_p)
@@ -184,9 +249,8 @@ def _total(
 
 @triton.jit
 def _bisect(
-    low, high, needed, BY_WEIGHT: tl.constexpr,
-    logits_ptr, found_ptr, row, stride, count, is_compact, highest, inverse_temperature, min_p,
-    TILE: tl.constexpr, EMPTY_BITS: tl.constexpr,
+    low, high, needed, BY_WEIGHT: tl.constexpr, ptr, count, highest, inverse_temperature, min_p,
+    PIECE: tl.constexpr, EMPTY_BITS: tl.constexpr,
 ):  # fmt: skip
     """The highest key whose total reaches what is needed, and the total above it.
 
@@ -196,14 +260,89 @@ def _bisect(
     while high - low > 1:
         middle = low + (high - low) // 2
         total = _total(
-            middle, BY_WEIGHT, logits_ptr, found_ptr, row, stride, count, is_compact, highest,
-            inverse_temperature, min_p, TILE, EMPTY_BITS,
-        )  # fmt: skip
+            middle, BY_WEIGHT, ptr, count, highest, inverse_temperature, min_p, PIECE, EMPTY_BITS
+        )
         reaches = total >= needed
         low = tl.where(reaches, middle, low)
         high = tl.where(reaches, high, middle)
         above = tl.where(reaches, above, total)
     return low, above
+
+
+@triton.jit
+def _cut(
+    ptr, count, low, total, top_k, top_p, has_top_k, highest, inverse_temperature, min_p,
+    PIECE: tl.constexpr, EMPTY_BITS: tl.constexpr,
+):  # fmt: skip
+    """What top-k and top-p keep of the candidates, whose keys are at least ``low``.
+
+    ``total`` is the weight of the whole row.
+
+    Returns:
+        A key; how many of the tokens that have it are kept; and the weight of these and of all
+        tokens of higher keys.
+    """
+    key = tl.full([], _LOWEST_KEY, tl.int64)
+    num_ties = tl.zeros([], tl.int64)
+    end = _key(highest, EMPTY_BITS).to(tl.int64) + 1
+    if has_top_k:
+        available = _total(
+            low, False, ptr, count, highest, inverse_temperature, min_p, PIECE, EMPTY_BITS
+        )
+        # If there are fewer, all others weigh nothing.
+        if available >= top_k:
+            key, num_above = _bisect(
+                low, end, top_k, False, ptr, count, highest, inverse_temperature, min_p,
+                PIECE, EMPTY_BITS,
+            )  # fmt: skip
+            num_ties = top_k - num_above
+            above = _total(
+                key + 1, True, ptr, count, highest, inverse_temperature, min_p, PIECE, EMPTY_BITS
+            )
+            weight = _weight(_logit(key, EMPTY_BITS), highest, inverse_temperature, min_p)
+            total = above + num_ties * weight
+            low = key
+    if top_p < 1.0:
+        needed = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        needed = tl.maximum(needed, 1)
+        # There may be more tokens of top-k's key than it keeps, which does not matter here: their
+        # total reaches what is needed in either case.
+        key, above = _bisect(
+            low, end, needed, True, ptr, count, highest, inverse_temperature, min_p,
+            PIECE, EMPTY_BITS,
+        )  # fmt: skip
+        weight = _weight(_logit(key, EMPTY_BITS), highest, inverse_temperature, min_p)
+        num_ties = (needed - above + weight - 1) // tl.maximum(weight, 1)
+        total = above + num_ties * weight
+    return key, num_ties, total
+
+
+@triton.jit
+def _walk(
+    ptr, start, count, cumulative, target, key, num_ties, highest, inverse_temperature, min_p,
+    PIECE: tl.constexpr, EMPTY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Where the cumulative weight of what is kept first exceeds ``target``; -1 if nowhere."""
+    found = tl.full([], -1, tl.int32)
+    num_tied = tl.zeros([], tl.int64)
+    for first in range(start, count, PIECE):
+        logits, exists = _load_piece(ptr, first, count, PIECE)
+        keys = _key(logits, EMPTY_BITS)
+        tied = (exists & (keys == key)).to(tl.int64)
+        kept = exists & ((keys > key) | ((tied > 0) & (num_tied + tl.cumsum(tied, 0) <= num_ties)))
+        weights = _weight(logits, highest, inverse_temperature, min_p)
+        weights = tl.where(kept, weights, 0)
+        passed = cumulative + tl.cumsum(weights, 0) <= target
+        index = tl.sum(passed.to(tl.int32), 0)
+        found = tl.where((cumulative <= target) & (index < PIECE), first + index, found)
+        cumulative += tl.sum(weights, 0)
+        num_tied += tl.sum(tied, 0)
+    return found
+
+
+@triton.jit
+def _target(number, total):
+    return tl.minimum((number * total.to(tl.float64)).to(tl.int64), total - 1)
 
 
 @triton.jit
@@ -228,142 +367,74 @@ def _highest_kernel(maxima_ptr, argmaxima_ptr, out_ptr, vocabulary, num_tiles, T
 
 @triton.jit
 def _choose_kernel(
-    logits_ptr, maxima_ptr, argmaxima_ptr, sums_ptr, above_ptr, found_ptr, found_ids_ptr,
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, positions_ptr,
-    out_ptr,
+    logits_ptr, maxima_ptr, argmaxima_ptr, sums_ptr, bounds_ptr, counts_ptr, above_ptr,
+    found_ptr, found_ids_ptr,
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, positions_ptr, out_ptr,
     stride, float_stride, int_stride, vocabulary, num_tiles,
-    TILE: tl.constexpr, TILES: tl.constexpr, EMPTY_BITS: tl.constexpr,
-    ANY_FILTER: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, FOUND: tl.constexpr, PIECE: tl.constexpr,
+    EMPTY_BITS: tl.constexpr, ANY_FILTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    tiles = tl.arange(0, TILES)
     highest, token = _highest(maxima_ptr, argmaxima_ptr, row, num_tiles, TILES)
     temperature = tl.load(temperature_ptr + row * float_stride)
     if temperature > 0.0:
         inverse_temperature = 1.0 / tl.maximum(temperature, 1e-30)
         min_p = tl.load(min_p_ptr + row * float_stride)
+        number = _uniform(
+            tl.load(seeds_ptr + row * int_stride), tl.load(positions_ptr + row * int_stride)
+        )
+        tiles = tl.arange(0, TILES)
         sums = tl.load(sums_ptr + row * num_tiles + tiles, mask=tiles < num_tiles, other=0)
         total = tl.sum(sums, 0)
-        # What is kept: keys above this one, and so many tokens that have it.
-        key = tl.full([], _LOWEST_KEY, tl.int64)
-        num_ties = tl.zeros([], tl.int64)
-        # Where the kept are looked for: all of the row.
-        count = tl.zeros([], tl.int32) + vocabulary
-        is_compact = tl.full([], 0, tl.int1)
-        is_filtered = is_compact
+        logits_ptr += row * stride
+        is_filtered = tl.full([], 0, tl.int1)
         if ANY_FILTER:
             top_k = tl.load(top_k_ptr + row * int_stride)
             top_p = tl.load(top_p_ptr + row * float_stride)
             has_top_k = top_k < vocabulary
             is_filtered = has_top_k | (top_p < 1.0)
-            if is_filtered:
-                # The first pivot with enough above it. Sums in float32 need a margin.
-                pivots = tl.arange(0, _PIVOTS)
-                above = tl.sum(
-                    tl.load(
-                        above_ptr + (row * num_tiles + tiles[:, None]) * _PIVOTS + pivots[None, :],
-                        mask=tiles[:, None] < num_tiles,
-                        other=0.0,
-                    ),
-                    0,
-                )
-                enough = tl.where(
-                    has_top_k, top_k.to(tl.float32), total.to(tl.float32) * top_p * 1.001
-                )
-                first = tl.sum((above < enough).to(tl.int32), 0)
-                reaches = (first < _PIVOTS) | (temperature <= 1.0)
-                first = tl.minimum(first, _PIVOTS - 1)
-                bound = _pivot(first, highest, temperature)
-                # Lower by more than its rounding, which may differ from the other kernel's.
-                bound -= (tl.abs(highest) + tl.abs(bound)) * 1e-6
-                bound = tl.where(reaches, bound, float("-inf"))
-
-                num_found = tl.zeros([], tl.int32)
-                for tile in range(num_tiles):
-                    is_useful = tl.load(maxima_ptr + row * num_tiles + tile) >= bound
-                    if is_useful & (num_found <= TILE) & reaches:
-                        logits = _load_tile(logits_ptr, row, stride, tile, vocabulary, TILE)
-                        wanted = logits >= bound
-                        place = num_found + tl.cumsum(wanted.to(tl.int32), 0) - 1
-                        fits = wanted & (place < TILE)
-                        tl.store(found_ptr + row * TILE + place, logits, mask=fits)
-                        tl.store(
-                            found_ids_ptr + row * TILE + place,
-                            tile * TILE + tl.arange(0, TILE),
-                            mask=fits,
-                        )
-                        num_found += tl.sum(wanted.to(tl.int32), 0)
-                tl.debug_barrier()  # what one thread has stored, another one loads
-                is_compact = reaches & (num_found <= TILE)
-                count = tl.where(is_compact, num_found, vocabulary)
-
-                low = tl.where(reaches, _key(bound, EMPTY_BITS), _LOWEST_KEY).to(tl.int64)
-                end = _key(highest, EMPTY_BITS).to(tl.int64) + 1
-                if has_top_k:
-                    available = _total(
-                        low, False, logits_ptr, found_ptr, row, stride, count, is_compact,
-                        highest, inverse_temperature, min_p, TILE, EMPTY_BITS,
+        place = tl.full([], -1, tl.int32)
+        if is_filtered:
+            if ANY_FILTER:
+                bound, is_reliable, num_found, _, _ = _pivot(
+                    sums_ptr, bounds_ptr, counts_ptr, above_ptr, row, 0, temperature, top_k,
+                    top_p, has_top_k, num_tiles, TILES,
+                )  # fmt: skip
+                low = tl.where(is_reliable, _key(bound, EMPTY_BITS), _LOWEST_KEY).to(tl.int64)
+                if is_reliable & (num_found <= FOUND):
+                    found_ptr += row * FOUND
+                    key, num_ties, total = _cut(
+                        found_ptr, num_found, low, total, top_k, top_p, has_top_k, highest,
+                        inverse_temperature, min_p, PIECE, EMPTY_BITS,
                     )  # fmt: skip
-                    # If there are fewer, all others weigh nothing.
-                    if available >= top_k:
-                        key, num_above = _bisect(
-                            low, end, top_k, False, logits_ptr, found_ptr, row, stride, count,
-                            is_compact, highest, inverse_temperature, min_p, TILE, EMPTY_BITS,
-                        )  # fmt: skip
-                        num_ties = top_k - num_above
-                        weight = _weight(
-                            _logit(key, EMPTY_BITS), highest, inverse_temperature, min_p
-                        )
-                        total = num_ties * weight + _total(
-                            key + 1, True, logits_ptr, found_ptr, row, stride, count,
-                            is_compact, highest, inverse_temperature, min_p, TILE, EMPTY_BITS,
-                        )  # fmt: skip
-                        low = key
-                if top_p < 1.0:
-                    needed = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-                    needed = tl.maximum(needed, 1)
-                    # Of the lowest that top-k kept there may be more than it kept, which does
-                    # not matter here: their total reaches what is needed in either case.
-                    key, above_key = _bisect(
-                        low, end, needed, True, logits_ptr, found_ptr, row, stride, count,
-                        is_compact, highest, inverse_temperature, min_p, TILE, EMPTY_BITS,
+                    place = _walk(
+                        found_ptr, 0, num_found, tl.zeros([], tl.int64), _target(number, total),
+                        key, num_ties, highest, inverse_temperature, min_p, PIECE, EMPTY_BITS,
                     )  # fmt: skip
-                    weight = _weight(_logit(key, EMPTY_BITS), highest, inverse_temperature, min_p)
-                    num_ties = (needed - above_key + weight - 1) // tl.maximum(weight, 1)
-                    total = above_key + num_ties * weight
-
-        seed = tl.load(seeds_ptr + row * int_stride)
-        position = tl.load(positions_ptr + row * int_stride)
-        target = (_uniform(seed, position) * total.to(tl.float64)).to(tl.int64)
-        target = tl.minimum(target, total - 1)
-        start = tl.zeros([], tl.int32)
-        cumulative = tl.zeros([], tl.int64)
-        if is_filtered == 0:
+                    if place >= 0:
+                        place = tl.load(found_ids_ptr + row * FOUND + place)
+                else:
+                    key, num_ties, total = _cut(
+                        logits_ptr, vocabulary, low, total, top_k, top_p, has_top_k, highest,
+                        inverse_temperature, min_p, TILE, EMPTY_BITS,
+                    )  # fmt: skip
+                    place = _walk(
+                        logits_ptr, 0, vocabulary, tl.zeros([], tl.int64), _target(number, total),
+                        key, num_ties, highest, inverse_temperature, min_p, TILE, EMPTY_BITS,
+                    )  # fmt: skip
+        else:
             # Only the tile that the number falls into.
+            target = _target(number, total)
             passed = tl.cumsum(sums, 0) <= target
             start = tl.minimum(tl.sum(passed.to(tl.int32), 0), num_tiles - 1) * TILE
-            cumulative = tl.sum(tl.where(passed, sums, 0), 0)
-            count = tl.minimum(vocabulary, start + TILE)
-        num_tied = tl.zeros([], tl.int64)
-        for place in range(start, count, TILE):
-            logits, exists = _load_candidates(
-                logits_ptr, found_ptr, row, stride, place, count, is_compact, TILE
-            )
-            keys = _key(logits, EMPTY_BITS)
-            tied = (exists & (keys == key)).to(tl.int64)
-            kept = exists & (
-                (keys > key) | ((tied > 0) & (num_tied + tl.cumsum(tied, 0) <= num_ties))
-            )
-            weights = _weight(logits, highest, inverse_temperature, min_p)
-            weights = tl.where(kept, weights, 0)
-            passed = cumulative + tl.cumsum(weights, 0) <= target
-            index = tl.sum(passed.to(tl.int32), 0)
-            if (cumulative <= target) & (index < TILE):
-                token = place + index
-                if is_compact:
-                    token = tl.load(found_ids_ptr + row * TILE + token)
-            cumulative += tl.sum(weights, 0)
-            num_tied += tl.sum(tied, 0)
+            place = _walk(
+                logits_ptr, start, tl.minimum(start + TILE, vocabulary),
+                tl.sum(tl.where(passed, sums, 0), 0), target,
+                tl.full([], _LOWEST_KEY, tl.int64), tl.zeros([], tl.int64),
+                highest, inverse_temperature, min_p, PIECE, EMPTY_BITS,
+            )  # fmt: skip
+        # Where nothing has weight, as in a row of NaN, it stays the highest.
+        token = tl.where(place >= 0, place, token)
     # In a row of NaN it may be anything.
     token = tl.minimum(tl.maximum(token, 0), vocabulary - 1)
     tl.store(out_ptr + row, token.to(tl.int64))
@@ -422,26 +493,31 @@ def sample_tokens(
     num_tiles = triton.cdiv(vocabulary, _TILE)
     maxima, argmaxima = _maxima(logits, num_tiles)
     sums = torch.empty_like(maxima, dtype=torch.int64)
-    above, found, found_ids = maxima, maxima, argmaxima  # not touched without a filter
-    if any_filter:
-        above = maxima.new_empty(num_rows, num_tiles, _PIVOTS.value)
-        found, found_ids = maxima.new_empty(2, num_rows, _TILE).unbind()
-        found_ids = found_ids.view(torch.int32)
     strides = (logits.stride(0), temperature.stride(0), top_k.stride(0))
-    constants = {
-        "TILE": _TILE,
-        "TILES": triton.next_power_of_2(num_tiles),
-        "ANY_FILTER": any_filter,
-    }
+    constants = {"TILE": _TILE, "TILES": triton.next_power_of_2(num_tiles)}
+    bounds, counts, above, found, found_ids = [maxima] * 5  # not touched without a filter
+    if any_filter:
+        bounds = maxima.new_empty(num_rows, _PIVOTS.value)
+        counts, above = maxima.new_empty(2, num_rows, num_tiles, _PIVOTS.value).unbind()
+        found, found_ids = maxima.new_empty(2, num_rows, _FOUND).unbind()
+        counts, found_ids = counts.view(torch.int32), found_ids.view(torch.int32)
     _weights_kernel[(num_tiles, num_rows)](
-        logits, maxima, sums, above, temperature, top_k, top_p, min_p,
-        *strides, vocabulary, num_tiles, **constants, num_warps=_NUM_WARPS,
+        logits, maxima, sums, bounds, counts, above, temperature, top_k, top_p, min_p,
+        *strides, vocabulary, num_tiles,
+        **constants, ANY_FILTER=any_filter, num_warps=_WIDE_NUM_WARPS, maxnreg=_MOST_REGISTERS,
     )  # fmt: skip
+    if any_filter:
+        _collect_kernel[(num_tiles, num_rows)](
+            logits, sums, bounds, counts, above, found, found_ids, temperature, top_k, top_p,
+            *strides, vocabulary, num_tiles,
+            **constants, FOUND=_FOUND, num_warps=_WIDE_NUM_WARPS,
+        )  # fmt: skip
     _choose_kernel[(num_rows,)](
-        logits, maxima, argmaxima, sums, above, found, found_ids,
+        logits, maxima, argmaxima, sums, bounds, counts, above, found, found_ids,
         temperature, top_k, top_p, min_p, seeds, positions, out,
         *strides, vocabulary, num_tiles,
-        **constants, EMPTY_BITS=_EMPTY_BITS[logits.dtype], num_warps=_CHOOSE_NUM_WARPS,
+        **constants, FOUND=_FOUND, PIECE=min(_PIECE, _TILE), EMPTY_BITS=_EMPTY_BITS[logits.dtype],
+        ANY_FILTER=any_filter, num_warps=_NUM_WARPS,
     )  # fmt: skip
     return out
 

@@ -18,7 +18,8 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of small vocabularies, and more candidates than a tile holds."""
-    monkeypatch.setattr(sampling, "_TILE", 64)
+    for name, value in (("_TILE", 64), ("_FOUND", 64), ("_PIECE", 32)):
+        monkeypatch.setattr(sampling, name, value)
 
 
 def test_all_of_this_under_the_interpreter():
