@@ -40,10 +40,8 @@ from pagetier.kernels.metadata import AttentionMetadata
 
 # Rows of a tile: tl.dot takes no fewer than 16.
 _MIN_ROWS = 16
-# Elements of partial results that are combined in one round, and rounds that are under way at once,
-# unless a single result is larger; in shared memory, of which small cards have little.
-_COMBINED_ELEMENTS = 2048
-_COMBINE_STAGES = 5
+# Elements of partial results that a warp combines at once; more would not fit its registers.
+_COMBINED_ELEMENTS = 4096
 _MULTIPROCESSORS_OF_UNKNOWN_DEVICE = 64
 # Fewer decodes are over sooner than a second stream is started.
 _MIN_DECODES_BESIDE_PROMPTS = 16
@@ -178,7 +176,6 @@ def _paged_attention_kernel(
     KEY_DIM: tl.constexpr, KEY_DIM_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, FIELDS: tl.constexpr, COMBINED: tl.constexpr,
-    COMBINE_STAGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):  # fmt: skip
@@ -285,17 +282,16 @@ def _paged_attention_kernel(
     else:
         # Rows that exist only because tl.dot wants 16 are not kept.
         KEPT: tl.constexpr = QUERIES * GROUP_PADDED
-        # Statistics of a program fill whole cache lines: small copies go through the first cache,
-        # which must not hold a line before all that is in it was written.
-        STATISTICS: tl.constexpr = KEPT * 2 if KEPT > 16 else 32
         kv_heads = tl.num_programs(0)
         value_dim = tl.arange(0, VALUE_DIM_PADDED)
-        place = (item * kv_heads + kv_head).to(tl.int64)
-        at = statistics_ptr + place * STATISTICS + row * 2
-        tl.store(at, maximum, mask=row < KEPT)
-        tl.store(at + 1, total, mask=row < KEPT)
-        at = partial_ptr + (place * KEPT + row)[:, None] * VALUE_DIM_PADDED + value_dim[None, :]
-        tl.store(at, mixed, mask=(row < KEPT)[:, None])
+        place = (item * kv_heads + kv_head).to(tl.int64) * KEPT + row
+        tl.store(statistics_ptr + place * 2, maximum, mask=row < KEPT)
+        tl.store(statistics_ptr + place * 2 + 1, total, mask=row < KEPT)
+        tl.store(
+            partial_ptr + place[:, None] * VALUE_DIM_PADDED + value_dim[None, :],
+            mixed,
+            mask=(row < KEPT)[:, None],
+        )
         # All of this program's stores come before its count, and the count is one thread's work.
         tl.debug_barrier()
         counter = counters_ptr + first_item * kv_heads + kv_head
@@ -306,16 +302,20 @@ def _paged_attention_kernel(
             all_maximum = tl.full([KEPT], float("-inf"), tl.float32)
             all_total = tl.zeros([KEPT], tl.float32)
             all_mixed = tl.zeros([KEPT, VALUE_DIM_PADDED], tl.float32)
-            for start in tl.range(0, num_items, COMBINED, num_stages=COMBINE_STAGES):
+            for start in range(0, num_items, COMBINED):
                 part = start + tl.arange(0, COMBINED)
                 ok = (part < num_items)[:, None]
-                places = ((first_item + part) * kv_heads + kv_head).to(tl.int64)[:, None]
-                statistics = statistics_ptr + places * STATISTICS + kept[None, :] * 2
-                maxima = tl.load(statistics, mask=ok, other=float("-inf"), cache_modifier=".cg")
-                totals = tl.load(statistics + 1, mask=ok, other=0.0, cache_modifier=".cg")
-                rows = (places * KEPT + kept[None, :]) * VALUE_DIM_PADDED
+                places = ((first_item + part) * kv_heads + kv_head).to(tl.int64) * KEPT
+                places = places[:, None] + kept[None, :]
+                # Past the first cache, which may hold older values.
+                maxima = tl.load(
+                    statistics_ptr + places * 2, mask=ok, other=float("-inf"), cache_modifier=".cg"
+                )
+                totals = tl.load(
+                    statistics_ptr + places * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg"
+                )
                 mixes = tl.load(
-                    partial_ptr + rows[:, :, None] + value_dim[None, None, :],
+                    partial_ptr + places[:, :, None] * VALUE_DIM_PADDED + value_dim[None, None, :],
                     mask=ok[:, :, None],
                     other=0.0,
                     cache_modifier=".cg",
@@ -466,8 +466,7 @@ def _prepare(
         KEY_DIM=key_dim, KEY_DIM_PADDED=_padded(key_dim),
         VALUE_DIM=value_dim, VALUE_DIM_PADDED=value_dim_padded,
         BLOCK_SIZE=block_size, KEYS=tile.keys, FIELDS=FIELDS,
-        COMBINED=max(_COMBINED_ELEMENTS // (kept_rows * value_dim_padded), 1),
-        COMBINE_STAGES=_COMBINE_STAGES if kept_rows * value_dim_padded <= _COMBINED_ELEMENTS else 1,
+        COMBINED=max(_COMBINED_ELEMENTS * tile.num_warps // (kept_rows * value_dim_padded), 1),
         HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
         QUANTISED=k_scale is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -515,13 +514,8 @@ def _tile(
     is_decode: bool,
 ) -> Tile:
     """Settings for one of the two kinds of tiles of a step."""
-    kv_itemsize = k_cache.dtype.itemsize
-    row_bytes = max(_padded(q.shape[2]), _padded(v_cache.shape[3])) * kv_itemsize
-    shape: dict[str, Any] = {
-        "row_bytes": row_bytes,
-        "kv_itemsize": kv_itemsize,
-        "itemsize": q.dtype.itemsize,
-    }
+    row_bytes = max(_padded(q.shape[2]), _padded(v_cache.shape[3])) * k_cache.dtype.itemsize
+    shape: dict[str, Any] = {"row_bytes": row_bytes, "kv": kv_name(k_cache.dtype)}
     if is_decode:
         operation, rows = "decode_attention", _MIN_ROWS
         shape["sequences"] = metadata.num_decodes
@@ -561,9 +555,10 @@ def _workspace(
     key = ("workspace", num_places, kept_rows, width)
     if key not in metadata.workspace:
         device = metadata.seq_lens.device
+        num_rows = num_places * kept_rows
         metadata.workspace[key] = (
-            torch.empty(num_places * kept_rows * width, dtype=torch.float32, device=device),
-            torch.empty(num_places * max(kept_rows * 2, 32), dtype=torch.float32, device=device),
+            torch.empty(num_rows * width, dtype=torch.float32, device=device),
+            torch.empty(num_rows * 2, dtype=torch.float32, device=device),
             torch.zeros(num_places, dtype=torch.int32, device=device),
         )
     workspace: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = metadata.workspace[key]
