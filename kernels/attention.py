@@ -48,6 +48,30 @@ _MIN_DECODES_BESIDE_PROMPTS = 16
 
 
 @triton.jit
+def _unpack(words, dtype: tl.constexpr, IS_FP8: tl.constexpr):
+    """``(keys, dim / 4)`` words of four values of 8 bits as ``(keys, dim)`` in ``dtype``; exact.
+
+    Loaded as bytes, the compiler would turn the tile byte by byte and widen it then; words are
+    widened as they came.
+    """
+    parts = tl.join(
+        tl.join(_byte(words, 0, dtype, IS_FP8), _byte(words, 2, dtype, IS_FP8)),
+        tl.join(_byte(words, 1, dtype, IS_FP8), _byte(words, 3, dtype, IS_FP8)),
+    )
+    return tl.reshape(parts, [words.shape[0], words.shape[1] * 4])
+
+
+@triton.jit
+def _byte(words, index: tl.constexpr, dtype: tl.constexpr, IS_FP8: tl.constexpr):
+    if IS_FP8:
+        byte = (words >> (8 * index)).to(tl.uint8)
+        return byte.to(tl.float8e4nv, bitcast=True).to(dtype)
+    # Keys keep the unit that converts integers busy. 2^23 + 128 + x has x in its low byte.
+    bits = (((words >> (8 * index)) & 0xFF) ^ 0x80) | 0x4B000000
+    return (bits.to(tl.float32, bitcast=True) - 8388736.0).to(dtype)
+
+
+@triton.jit
 def _attend(
     q, maximum, total, mixed, first, end, last,
     k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, position, row_scale, softcap, window,
@@ -65,7 +89,8 @@ def _attend(
     rows may not see some of them.
     """
     key_dim = tl.arange(0, KEY_DIM_PADDED)
-    value_dim = tl.arange(0, VALUE_DIM_PADDED)
+    # Values of 8 bits come as words of four.
+    value_dim = tl.arange(0, VALUE_DIM_PADDED // 4 if QUANTISED else VALUE_DIM_PADDED)
     for start in range(first, end, KEYS):
         at = start + tl.arange(0, KEYS)
         readable = at < last
@@ -113,7 +138,12 @@ def _attend(
         weights = tl.exp2(scores * factor - shift[:, None])
         decay = tl.exp2(maximum - shift)
         total = total * decay + tl.sum(weights, 1)
-        if BOUNDED or VALUE_DIM != VALUE_DIM_PADDED:
+        if QUANTISED:
+            words = tl.load(
+                v_at, mask=readable[:, None] & (value_dim < VALUE_DIM // 4)[None, :], other=0
+            )
+            v = _unpack(words, q.dtype, k_ptr.dtype.element_ty == tl.float8e4nv)
+        elif BOUNDED or VALUE_DIM != VALUE_DIM_PADDED:
             v = tl.load(v_at, mask=readable[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0)
         else:
             v = tl.load(v_at)
@@ -125,7 +155,7 @@ def _attend(
             )
             weights = weights * (v_scale * 64.0)[None, :]
         mixed = mixed * decay[:, None]
-        mixed = tl.dot(weights.to(q.dtype), v.to(q.dtype), mixed, input_precision="ieee")
+        mixed = tl.dot(weights.to(q.dtype), v, mixed, input_precision="ieee")
         maximum = new_maximum
     return maximum, total, mixed
 
@@ -446,6 +476,8 @@ def _prepare(
     partial, statistics, counters = _workspace(
         metadata, len(items) * kv_heads, kept_rows, value_dim_padded
     )
+    if v_scale is not None:
+        v_cache = v_cache.view(torch.int32)
     k_scale_strides = (0, 0, 0) if k_scale is None else k_scale.stride()
     v_scale_strides = (0, 0, 0) if v_scale is None else v_scale.stride()
     return functools.partial(
@@ -492,6 +524,11 @@ def _check(
     if scale <= 0.0:
         raise ValueError(f"scale must be positive, not {scale}.")
     is_quantised = k_cache.dtype.itemsize == 1
+    if is_quantised and (v_cache.shape[3] % 4 or any(n % 4 for n in v_cache.stride()[:3])):
+        raise ValueError(
+            f"A v_cache of {v_cache.dtype} must have sizes and strides of whole words of 4, not "
+            f"{tuple(v_cache.shape)} with strides {v_cache.stride()}."
+        )
     for scales in (k_scale, v_scale):
         if (scales is not None) != is_quantised:
             raise ValueError(
