@@ -25,16 +25,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pagetier import kernels
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import ScheduledSequence
 from pagetier.kernels.metadata import upload
+from pagetier.kernels.reference.logit_changes import IN_PROMPT
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
-# Beside the count of a token in the output: that it is in the prompt.
-_IN_PROMPT = 1 << 30
 _ALWAYS = -1
 
 
@@ -105,8 +105,6 @@ class LogitRules:
         self._max_num_seqs = max_num_seqs
         self._vocab_size = vocab_size
         self._device = device
-        # Of a vocabulary, few tokens have come. On a GPU, to look for them would wait for it.
-        self._is_sparse = device.type == "cpu"
         self._bias = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._rows: dict[int, _Row] = {}  # the host's; all else is the device's
@@ -212,17 +210,7 @@ class LogitRules:
             self._counts.index_fill_(0, rules.new_count_rows, 0)
             new_rows, new_tokens, values = rules.new_counts.unbind(1)
             self._counts.index_put_((new_rows, new_tokens), values.int(), accumulate=True)
-            counts = self._counts.index_select(0, rows)
-            if self._is_sparse:
-                found, tokens = counts.nonzero(as_tuple=True)
-                places = (samples[found], tokens)
-                entries = penalise(logits[places], counts[found, tokens], rules.strengths[found])
-                logits[places] = entries
-            else:
-                dense = penalise(
-                    logits.index_select(0, samples), counts, rules.strengths[:, None, :]
-                )
-                logits.index_copy_(0, samples, dense)
+            kernels.penalise_rows(logits, samples, self._counts, rows, rules.strengths)
 
     def count(self, rules: DeviceRules, token_ids: torch.Tensor) -> None:
         """Count the chosen tokens, int64 ``(samples,)``, for the steps that follow."""
@@ -241,29 +229,6 @@ class LogitRules:
         )
         grown[: len(table)] = table
         return grown
-
-
-def penalise(logits: torch.Tensor, counts: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """Logits after repetition, presence and frequency penalties, in this order.
-
-    Neutral strengths change no bit. The repetition penalty is that of transformers'
-    ``RepetitionPenaltyLogitsProcessor`` (Keskar et al. 2019, section 4.1), prompt included; the
-    others are OpenAI's, of the output alone.
-
-    Args:
-        logits: float32, any shape.
-        counts: how often the output has each token, and ``1 << 30`` more if the prompt has it,
-            int32, of the same shape.
-        strengths: of repetition, presence and frequency, float32; the last dimension is these
-            three, the others broadcast with ``logits``.
-    """
-    repetition, presence, frequency = strengths.unbind(-1)
-    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(counts != 0, repeated, logits)
-    in_output = counts.bitwise_and(_IN_PROMPT - 1)
-    logits -= frequency * in_output
-    logits -= presence * (in_output > 0)
-    return logits
 
 
 def has_bias(params: SamplingParams) -> bool:
@@ -349,7 +314,7 @@ def _counts_of(sequence: Sequence, position: int) -> Int64Array:
     output, counts = np.unique(
         np.array(sequence.token_ids[num_prompt:position], dtype=np.int64), return_counts=True
     )
-    for token_ids, values in ((prompt, np.full_like(prompt, _IN_PROMPT)), (output, counts)):
+    for token_ids, values in ((prompt, np.full_like(prompt, IN_PROMPT)), (output, counts)):
         rows = np.full_like(token_ids, sequence.row)
         pieces.append(np.stack([rows, token_ids, values], axis=1))
     return np.concatenate(pieces)

@@ -27,7 +27,7 @@ from pagetier.handler.logit_rules import HostRules, LogitRules
 from pagetier.handler.messages import AddRequest, TokenLogprobs
 from pagetier.handler.model_loader import LoadedModel
 from pagetier.handler.paged_model import ForwardContext, forward_context
-from pagetier.handler.sampler import RowSettings, SamplerOutput, allow_tokens, sample, score
+from pagetier.handler.sampler import RowSettings, SamplerOutput, sample, score
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import (
@@ -67,7 +67,8 @@ class _HostBatch:
         prompt_wishes: for each sequence that wants such, how many positions and how many most
             likely tokens of each.
         masked_samples: which samples keep to a grammar, int64 ``(masks,)``.
-        masks: tokens allowed to each of these, see ``allow_tokens``, int32 ``(masks, words)``.
+        masks: tokens allowed to each of these, int32 ``(masks, words)``; see
+            ``kernels.allow_tokens``.
     """
 
     token_ids: Int64Array
@@ -388,7 +389,7 @@ class ModelRunner:
                 self._rules.apply(changed, on_device, self._last_token_ids)
             if len(batch.masks):
                 samples, masks = upload([batch.masked_samples, batch.masks], self._device)
-                allow_tokens(changed, samples, masks)
+                kernels.allow_tokens(changed, samples, masks)
             sampled = sample(changed, batch.sampling, settings, raw_logits=logits)
             if on_device is not None:
                 self._rules.count(on_device, sampled.token_ids)

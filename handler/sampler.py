@@ -1,9 +1,8 @@
 """A token for each row of a batch of logits, on the device, without waiting for it.
 
-Owns the settings of rows on their way to the device, log-probabilities, and masks of allowed
-tokens. Knows nothing of requests, models or steps: settings arrive as one value for each row, and
-logits as ``logit_rules`` leaves them. Distributions and random numbers are those of
-``kernels.sample_tokens``.
+Owns the settings of rows on their way to the device, and log-probabilities. Knows nothing of
+requests, models or steps: settings arrive as one value for each row, and logits as ``logit_rules``
+leaves them. Distributions and random numbers are those of ``kernels.sample_tokens``.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import torch
 from pagetier import kernels
 from pagetier.handler.sampling_params import SamplingParams
 
-# Rows whose log-probabilities, or masks, are worked out at once.
+# Rows whose log-probabilities are worked out at once.
 _SCORED_ROWS = 64
 
 
@@ -154,21 +153,3 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sample
         chosen = logprobs.gather(-1, token_ids[rows : rows + _SCORED_ROWS, None])[:, 0]
         pieces.append((chosen, top.indices, top.values))
     return SamplerOutput(token_ids, *map(torch.cat, zip(*pieces, strict=True)))
-
-
-def allow_tokens(logits: torch.Tensor, rows: torch.Tensor, masks: torch.Tensor) -> None:
-    """Forbid all but the allowed tokens in some rows, in place.
-
-    Args:
-        logits: float32 ``(all rows, vocabulary)``.
-        rows: which rows are masked, int64 ``(rows,)``.
-        masks: a bit for each token id, lowest first, 1 where it is allowed; int32
-            ``(rows, words)``, with at least as many bits as there are tokens.
-    """
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    # A slice at a time: unpacked, a mask takes as much memory as the row.
-    for start in range(0, len(rows), _SCORED_ROWS):
-        some, words = (t[start : start + _SCORED_ROWS] for t in (rows, masks))
-        is_allowed = (words[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
-        allowed = logits.index_select(0, some).masked_fill_(~is_allowed, -torch.inf)
-        logits.index_copy_(0, some, allowed)

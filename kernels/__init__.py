@@ -21,12 +21,14 @@ from pagetier.kernels.metadata import AttentionMetadata
 __all__ = [
     "AttentionMetadata",
     "advance_rows",
+    "allow_tokens",
     "change_rows",
     "copy_blocks",
     "gather_blocks",
     "greedy_tokens",
     "linear",
     "paged_attention",
+    "penalise_rows",
     "read_rows",
     "sample_tokens",
     "scatter_blocks",
@@ -81,12 +83,14 @@ def _on_gpu(values: Any) -> bool:
 
 
 advance_rows = _operation(reference.advance_rows)
+allow_tokens = _operation(reference.allow_tokens)
 change_rows = _operation(reference.change_rows)
 copy_blocks = _operation(reference.copy_blocks)
 gather_blocks = _operation(reference.gather_blocks)
 greedy_tokens = _operation(reference.greedy_tokens)
 linear = _operation(reference.linear)
 paged_attention = _operation(reference.paged_attention)
+penalise_rows = _operation(reference.penalise_rows)
 read_rows = _operation(reference.read_rows)
 sample_tokens = _operation(reference.sample_tokens)
 scatter_blocks = _operation(reference.scatter_blocks)

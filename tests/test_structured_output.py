@@ -22,7 +22,6 @@ from pagetier import LLM, SamplingParams, StructuredOutputsParams
 from pagetier.handler.errors import EngineError, InvalidRequest
 from pagetier.handler.messages import AddRequest
 from pagetier.handler.openai_api import OpenAIApi
-from pagetier.handler.sampler import allow_tokens
 from pagetier.handler.sampling_params import (
     MAX_CHOICES,
     MAX_GRAMMAR_CHARACTERS,
@@ -30,6 +29,7 @@ from pagetier.handler.sampling_params import (
 )
 from pagetier.handler.structured_output import Grammars
 from pagetier.handler.tokenizer import Tokenizer
+from pagetier.kernels import allow_tokens
 
 MAKERS = {"byte level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 EOS = {"byte level": 0, "sentencepiece": 2}
@@ -597,8 +597,11 @@ def generate(llm: LLM, wishes) -> list[tuple[str, str]]:
     return [(o.outputs[0].text, o.outputs[0].finish_reason) for o in outputs]
 
 
-def test_random_model_keeps_to_all_grammars_and_neighbours_do_not_change(folder):
-    with open_llm(folder) as llm:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_random_model_keeps_to_all_grammars_and_neighbours_do_not_change(folder, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    with open_llm(folder, device=device) as llm:
         free = generate(llm, [None] * len(MIXED))
         mixed = generate(llm, MIXED)
         assert [text for text, wish in zip(free, MIXED, strict=True) if wish is None] == [
