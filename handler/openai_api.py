@@ -280,9 +280,12 @@ class OpenAIApi:
             tools=[plain_tool(t) for t in tools] if tools else None,
             add_generation_prompt=add_generation_prompt,
         )
-        return self._tokenizer.encode(
-            text, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len
-        )
+        try:
+            return self._tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, max_tokens=self.max_model_len
+            )
+        except PromptTooLong as exc:
+            raise PromptTooLong(exc.message, param="messages") from None
 
     def _check_token_ids(self, token_ids: list[Any], param: str) -> None:
         # First, since it would take long to look at each of very many.

@@ -244,7 +244,8 @@ def parse_json(data: bytes | str) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as exc:
-        reason = str(exc)[:1].lower() + str(exc)[1:].rstrip(".")
+        reason = str(exc).removeprefix("JSON is ").rstrip(".")
+        reason = reason[:1].lower() + reason[1:]
         raise InvalidRequest(f"The body is not valid JSON: {reason}.") from None
 
 

@@ -172,10 +172,15 @@ class _Open:
         return [request.request_id for request in self.response.requests]
 
     @property
+    def client_id(self) -> str:
+        """What its client calls it; empty if it does not."""
+        response_id = self.response.response_id
+        return "" if response_id == self.request_id else response_id
+
+    @property
     def headers(self) -> dict[str, str]:
         """Headers of its response."""
-        response_id = self.response.response_id
-        return {} if response_id == self.request_id else {CLIENT_ID_HEADER: response_id}
+        return {CLIENT_ID_HEADER: self.client_id} if self.client_id else {}
 
 
 class _Reading(NamedTuple):
@@ -448,7 +453,7 @@ class Pump:
         has_head = response.timeout is None and not has_grammar
         opened = _Open(request_id, response, has_head)
         for request in response.requests:
-            self._log.started(request)
+            self._log.started(request, opened.client_id)
             self._engine.add(request)
         self._open[request_id] = opened
         self._owners |= dict.fromkeys(opened.engine_ids, opened)
@@ -644,7 +649,7 @@ class Pump:
         response = request.response
         if not request.has_head:
             self._close(request)
-            return _refusal(index, error, request.headers.get(CLIENT_ID_HEADER, ""))
+            return _refusal(index, error, request.client_id)
         # Too late for a status: it left with the opening piece. A client that awaits a whole
         # response would take any body for a good one. So if the worker is about to end anyway,
         # leave it to the frontend to break the connection: that is an error to every client.
@@ -732,14 +737,15 @@ def _error(output: RequestOutput) -> EngineError:
 def _body(incoming: Incoming, *, is_plain: bool = False) -> Any:
     """The body as parsed JSON, or, on the plain route, perhaps as text."""
     body = incoming.body
-    if body is None:
+    is_json = incoming.content_type.startswith(JSON)
+    if body is None or body == b"":
         raise InvalidRequest(
             "The request has no body that can be read; send JSON with the header "
             "'Content-Type: application/json'."
         )
-    if not isinstance(body, bytes | bytearray | str):
-        return body
-    if is_plain and not incoming.content_type.startswith(JSON):
+    if not isinstance(body, bytes | bytearray | str) or (is_json and isinstance(body, str)):
+        return body  # parsed by the frontend's side
+    if is_plain and not is_json:
         try:
             return body if isinstance(body, str) else bytes(body).decode()
         except UnicodeDecodeError:

@@ -43,6 +43,7 @@ _REQUEST_BOUNDS = (
 class _Record:
     """An open request; times are of the monotonic clock, in seconds."""
 
+    client_id: str
     num_prompt_tokens: int
     arrived_at: float
     num_going: int  # outputs that have not ended
@@ -70,11 +71,11 @@ class RequestLog:
             "request_queue_time_seconds": Histogram(_REQUEST_BOUNDS),
         }
 
-    def started(self, request: AddRequest) -> None:
-        """``request`` is about to be handed to the engine."""
+    def started(self, request: AddRequest, client_id: str = "") -> None:
+        """``request``, which its client calls ``client_id``, is about to go to the engine."""
         with self._lock:
             self._records[request.request_id] = _Record(
-                len(request.prompt_token_ids), self._clock(), request.params.n
+                client_id, len(request.prompt_token_ids), self._clock(), request.params.n
             )
 
     def take(self, outputs: Iterable[RequestOutput]) -> None:
@@ -141,9 +142,10 @@ class RequestLog:
         if record.first_token_at is not None:
             first = f"{record.first_token_at - record.arrived_at:.3f}"
         logger.info(
-            "request=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d queue_s=%.3f "
+            "request=%s%s prompt_tokens=%d cached_tokens=%d output_tokens=%d queue_s=%.3f "
             "first_token_s=%s total_s=%.3f preemptions=%d finish=%s",
             request_id,
+            record.client_id and f" client_id={record.client_id}",
             record.num_prompt_tokens,
             record.num_cached_tokens,
             record.num_output_tokens,

@@ -92,6 +92,14 @@ def _json_schema_text(schema: str | dict[str, Any]) -> str:
     return text
 
 
+def _shown(value: Any) -> str:
+    """``value`` as an error shows it: of what is long only how much there is."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    if len(text) <= 64:
+        return text
+    return f"{len(value)} of them" if isinstance(value, tuple | dict) else text[:61] + "..."
+
+
 def _are_token_ids(values: Iterable[Any]) -> bool:
     return all(isinstance(value, int) and value >= 0 for value in values)
 
@@ -174,9 +182,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
         def require(ok: bool, param: str, rule: str) -> None:
             if not ok:
-                raise InvalidRequest(
-                    f"{param} must be {rule}, not {getattr(self, param)!r}.", param=param
-                )
+                given = _shown(getattr(self, param))
+                raise InvalidRequest(f"{param} must be {rule}, not {given}.", param=param)
 
         # `not (x >= 0)` rather than `x < 0`, so that NaN is refused too.
         require(0.0 <= self.temperature < float("inf"), "temperature", "a number from 0 up")

@@ -345,6 +345,8 @@ def _reason(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     reason = (causes or lines or ["it is wrong"])[0].rstrip(".")
+    if reason == "NoExtensionBias":
+        return "it allows no output"
     # Where in a text that is not quite the client's own.
     reason = _PLACE.sub("", reason).removeprefix("failed to compile JSON schema: ")
     if len(reason) > _MAX_REASON_CHARACTERS:

@@ -168,6 +168,26 @@ def test_chat_is_rendered_and_takes_all_the_room(api, tokenizer):
     assert chat(api, max_tokens=3, max_completion_tokens=4).request.params.max_tokens == 4
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"stop": ["ab"] * 5000},
+        {"bad_words": ["ab"] * 5000},
+        {"logit_bias": {str(i): 0.0 for i in range(400)} | {str(i + 400): 0 for i in range(4000)}},
+    ],
+)
+def test_error_of_a_long_list_does_not_repeat_it(api, field):
+    with pytest.raises(InvalidRequest, match=r"not (5000|4400) of them") as caught:
+        completion(api, **field)
+    assert len(caught.value.message) < 200
+
+
+def test_chat_that_is_far_too_long_is_an_error_of_its_messages(api):
+    with pytest.raises(PromptTooLong) as caught:
+        chat(api, messages=[{"role": "user", "content": "fox " * 5000}])
+    assert caught.value.param == "messages"
+
+
 def test_chat_of_no_tokens_is_refused(tokenizer):
     """The engine cannot begin with nothing."""
     tokenizer = Tokenizer(byte_level_tokenizer(), chat_template="{{ messages[0].content }}")
@@ -439,6 +459,11 @@ def test_models_list_the_served_one(api):
     }  # fmt: skip
     assert json.loads(api.models()) == {"object": "list", "data": [card]}
     assert json.loads(api.model("tiny")) == card
+
+
+def test_error_of_json_begins_its_reason_in_lower_case_but_not_json():
+    with pytest.raises(InvalidRequest, match="JSON: malformed: invalid character"):
+        parse_json(b"nonsense")
 
 
 @pytest.mark.parametrize("data", [b'{"a": ', b"\xff", "nonsense", b"[" * 100_000])

@@ -99,6 +99,21 @@ def test_outputs_that_come_at_once_wait_for_the_next_exchange(rig):
     assert rig.exchange("s")["s"].last is True
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("text", "The body must be a JSON object, not text."),
+        (bytearray(), "The request has no body that can be read"),
+        (None, "The request has no body that can be read"),
+    ],
+)
+def test_body_that_is_no_object_is_told(rig, body, message):
+    """The frontend's side has parsed what is JSON; an empty body comes as no bytes."""
+    reply = rig.exchange(r=("v1/completions", body, "application/json"))["r"]
+    assert reply.status == 400
+    assert json.loads(reply.body)["error"]["message"].startswith(message)
+
+
 def test_only_requests_that_gained_something_are_answered(rig):
     rig.exchange(a=("v1/completions", STREAM), b=("v1/completions", STREAM))
     rig.gain("b", "quick")

@@ -51,6 +51,12 @@ def test_line_at_the_end_tells_lengths_times_and_reason(log, clock, lines):
     ]
 
 
+def test_line_has_the_clients_own_name_where_there_is_one(log, lines):
+    log.started(request(), "job-7")
+    log.take([output(finish_reason="stop")])
+    assert lines()[-1].startswith("request=r client_id=job-7 prompt_tokens=3 ")
+
+
 def test_latencies_are_those_between_the_outputs(log, clock):
     log.started(request())
     for gap in (0.5, 0.25, 0.125):

@@ -216,6 +216,7 @@ def test_fork_goes_on_by_itself(some_grammars):
         ({"json": {"$ref": "#"}}, "schema"),
         ({"json": {"x-guidance": {"lenient": True}}}, "x-guidance"),
         ({"json": {"type": "integer", "minimum": 2, "maximum": 1}}, "schema"),
+        ({"grammar": "root ::= root"}, "The grammar cannot be followed: it allows no output."),
         ({"grammar": "start: foo"}, 'The grammar cannot be followed: unknown name: "foo".'),
         ({"grammar": "root ::= foo"}, "grammar"),
         ({"grammar": "start: start"}, "grammar"),

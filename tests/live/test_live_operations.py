@@ -100,6 +100,13 @@ def test_each_request_is_logged_without_its_text(server):
     assert "secret" not in log.read_text()
 
 
+def test_log_line_is_found_by_the_clients_own_name(server):
+    name = "job-of-the-log-test"
+    complete(server.client, "a", max_tokens=1, extra_headers={"X-Request-Id": name})
+    log = server.server.log_path
+    wait_for(lambda: f" client_id={name} " in log.read_text(), 5.0, "it was not logged")
+
+
 def test_top_and_chat_talk_with_the_server(server, capsys):
     arguments = [server.base_url, "--key", server.server.inference_key]
     assert main(["top", *arguments, "--interval", "0.1"]) == 0
