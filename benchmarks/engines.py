@@ -79,7 +79,7 @@ class _Pagetier:
         from pagetier import LLM
 
         self._llm = LLM(model=str(model), load_format="dummy", **settings)
-        self._forward = _ForwardTimes(self._llm._core._runner._model)
+        self._forward = _ForwardTimes(self._llm._core._runner)
 
     def run(self, requests: list[Request]) -> Result:
         from pagetier import SamplingParams
@@ -101,13 +101,20 @@ class _Pagetier:
 
 
 class _ForwardTimes:
-    """When a model's forward passes began and ended, on a CPU."""
+    """When a runner's forward passes began and ended, on a CPU."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, runner: Any) -> None:
         self._begun: list[float] = []
         self._ended: list[float] = []
-        model.register_forward_pre_hook(lambda *_: self._begun.append(time.perf_counter()))
-        model.register_forward_hook(lambda *_: self._ended.append(time.perf_counter()))
+        forward = runner._forward_pass
+
+        def timed(*inputs: Any) -> Any:
+            self._begun.append(time.perf_counter())
+            logits = forward(*inputs)
+            self._ended.append(time.perf_counter())
+            return logits
+
+        runner._forward_pass = timed
 
     def clear(self) -> None:
         self._begun.clear()

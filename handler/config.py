@@ -16,7 +16,7 @@ from pagetier.handler.errors import ConfigError
 
 # Names that vLLM's users know and whose feature does not exist here yet: refused, never ignored.
 NOT_SUPPORTED_YET = frozenset({
-    "cpu_offload_gb", "cudagraph_capture_sizes", "kv_cache_dtype", "quantization",
+    "cpu_offload_gb", "kv_cache_dtype", "quantization",
     "tensor_parallel_size", "skip_tokenizer_init",
 })  # fmt: skip
 
@@ -52,7 +52,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         trust_remote_code: run code that comes with the model.
         device: ``auto`` takes a GPU where there is one.
         load_format: ``dummy`` makes random weights from ``config.json`` alone.
-        enforce_eager: must stay true: CUDA graphs do not exist here yet.
+        enforce_eager: run the model operator by operator on a GPU too, without compiling it and
+            without CUDA graphs: slow, but it starts sooner. A CPU always does.
+        cudagraph_capture_sizes: numbers of sequences whose decode steps get a CUDA graph; None
+            chooses some up to ``max_num_seqs``. Larger batches than the largest run without.
         decision_trace: keep a record of every step's decisions, for ``trace``.
         max_overtaken: how often later requests may pass one that does not fit, before they wait.
     """
@@ -80,7 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    enforce_eager: bool = True
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: list[int] | None = None
     decision_trace: bool = False
     max_overtaken: int = 16
 
@@ -157,12 +161,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             f"at least max_num_seqs ({self.max_num_seqs}), so that every running sequence "
             "gets a token each step",
         )
-        if not self.enforce_eager:
-            raise ConfigError(
-                "The setting 'enforce_eager: false' is not supported yet: CUDA "
-                "graphs do not exist here; leave it out.",
-                param="enforce_eager",
-            )
+        sizes = self.cudagraph_capture_sizes
+        require(
+            sizes is None or (len(sizes) > 0 and min(sizes) >= 1),
+            "cudagraph_capture_sizes",
+            "a list of numbers of 1 or more (enforce_eager turns graphs off)",
+        )
 
 
 _FIELD_TYPES: dict[str, Any] = {

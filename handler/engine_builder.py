@@ -6,6 +6,7 @@ be, how many blocks each tier has, and what swapping costs. Knows nothing of ser
 
 import dataclasses
 import functools
+import gc
 import itertools
 import logging
 import time
@@ -13,7 +14,9 @@ from collections.abc import Callable
 
 import torch
 
+from pagetier.handler.compilation import Forward, NotTraceable, compile_forward
 from pagetier.handler.config import EngineConfig
+from pagetier.handler.cuda_graphs import default_sizes
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.errors import ConfigError
 from pagetier.handler.kv_cache_manager import KVCacheManager
@@ -48,6 +51,14 @@ class _Sizes:
     max_model_len: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How steps are run: by which forward pass, and decodes of which sizes in graphs."""
+
+    forward: Forward | None = None
+    graph_sizes: tuple[int, ...] = ()
+
+
 def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> EngineCore:
     """Load, size, measure, and return an engine that is ready to serve.
 
@@ -63,9 +74,10 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     start = time.perf_counter()
     model = load_model(config, say)
     layout = KVLayout(model.kv_layers, config.block_size, model.dtype)
+    execution = choose_execution(config, model, say)
 
     say("Sizing the KV cache")
-    sizes = _size_tiers(config, model, layout)
+    sizes = _size_tiers(config, model, layout, execution)
     gpu_pages = layout.allocate(
         sizes.num_gpu_blocks, model.device, touch=model.device.type == "cuda"
     )
@@ -79,7 +91,12 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         layout,
         max_num_seqs=config.max_num_seqs,
         max_model_len=sizes.max_model_len,
+        forward=execution.forward,
+        graph_sizes=execution.graph_sizes,
     )
+    if runner.graphs is not None:
+        say(f"Capturing {len(runner.graphs.sizes)} CUDA graphs")
+        runner.graphs.capture()
     link = make_link(gpu_pages, host)
     say("Measuring what swapping and recomputing cost")
     cost_model = _calibrate(config, model, layout, sizes, runner, link, num_cpu_blocks)
@@ -135,7 +152,32 @@ def build_serving_engine(
     return core
 
 
-def _size_tiers(config: EngineConfig, model: LoadedModel, layout: KVLayout) -> _Sizes:
+def choose_execution(
+    config: EngineConfig, model: LoadedModel, say: Callable[[str], None]
+) -> Execution:
+    """Compile the model and choose sizes of graphs, as far as device and settings want that."""
+    if config.enforce_eager or model.device.type != "cuda":
+        return Execution()
+    say("Compiling the model")
+    sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
+    sizes = [size for size in sizes if size <= config.max_num_seqs] or [config.max_num_seqs]
+    try:
+        return Execution(compile_forward(model.model), tuple(sizes))
+    except NotTraceable as exc:
+        logger.warning(
+            "Steps will be slow, run operator by operator: the model cannot be compiled as one "
+            "graph (%s).",
+            exc,
+        )
+        return Execution()
+    except Exception as exc:  # a compiler's fault must not keep a model from being served
+        logger.warning("Steps will be slower: compiling the model failed (%s).", exc, exc_info=exc)
+        return Execution(graph_sizes=tuple(sizes))
+
+
+def _size_tiers(
+    config: EngineConfig, model: LoadedModel, layout: KVLayout, execution: Execution
+) -> _Sizes:
     """How many blocks the GPU tier has, and how long a sequence may be in them.
 
     Raises:
@@ -152,7 +194,7 @@ def _size_tiers(config: EngineConfig, model: LoadedModel, layout: KVLayout) -> _
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
     elif model.device.type == "cuda":
-        num_blocks = _affordable_cuda_bytes(config, model, layout, max_model_len)
+        num_blocks = _affordable_cuda_bytes(config, model, layout, max_model_len, execution)
         num_blocks //= layout.block_bytes
     else:
         affordable = int(host_memory.available_bytes() * _HOST_SHARE_OF_FIRST_TIER)
@@ -179,7 +221,11 @@ def _size_tiers(config: EngineConfig, model: LoadedModel, layout: KVLayout) -> _
 
 
 def _affordable_cuda_bytes(
-    config: EngineConfig, model: LoadedModel, layout: KVLayout, max_model_len: int
+    config: EngineConfig,
+    model: LoadedModel,
+    layout: KVLayout,
+    max_model_len: int,
+    execution: Execution,
 ) -> int:
     """Bytes that the GPU tier may take: the allowed share, less all that is in use at the peak."""
     runner = ModelRunner(
@@ -188,13 +234,25 @@ def _affordable_cuda_bytes(
         layout,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
+        forward=execution.forward,
+        graph_sizes=execution.graph_sizes[-2:],
     )
     peak_bytes = runner.profile_peak_bytes(config.max_num_batched_tokens)
-    runner.close()
     torch.cuda.empty_cache()
-    free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
-    used_bytes = total_bytes - free_bytes
-    return int(total_bytes * config.gpu_memory_utilization) - used_bytes - peak_bytes
+    free_bytes = [torch.cuda.mem_get_info(model.device)[0]]
+    if runner.graphs is not None:
+        runner.graphs.capture(lambda _: free_bytes.append(torch.cuda.mem_get_info(model.device)[0]))
+    # The largest graph takes the pool that all share; each other one takes what the second did.
+    taken = [before - after for before, after in itertools.pairwise(free_bytes)]
+    graph_bytes = sum(taken[:1]) + sum(taken[1:]) * (len(execution.graph_sizes) - 1)
+    runner.close()
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total_bytes = torch.cuda.mem_get_info(model.device)
+    used_bytes = total_bytes - free
+    allowed_bytes = int(total_bytes * config.gpu_memory_utilization)
+    return allowed_bytes - used_bytes - peak_bytes - graph_bytes
 
 
 def _calibrate(

@@ -1,11 +1,16 @@
 """Everything that touches the device in a step: inputs, forward pass, sampling, and their return.
 
-Owns the flat batch, the buffer of last tokens, and the order of device work. Knows nothing of the
-scheduler: it reads a ``StepPlan`` once, in ``launch``, and keeps no sequence.
+Owns the order of device work. Knows nothing of the scheduler: it reads a ``StepPlan`` once, in
+``launch``, and keeps no sequence.
 
 Overlap. A step may be launched before the one before it was collected, so the host does not know
-a sequence's last token yet. Sampled tokens therefore stay on the device as well, in one buffer with
-a row for each sequence, and the next step's input is completed from there.
+a sequence's last token yet. Sampled tokens therefore stay on the device as well, in ``DeviceRows``,
+and the next step's input is completed from there.
+
+Two kinds of steps. In a decode each sequence has one new token; everything that the step reads is
+on the device already, and if there are graphs, it is one replay (``cuda_graphs``). Any other step
+brings a flat batch from the host. A greedy decode's tokens come with the replay; else the sampler
+runs behind it.
 
 On a CUDA device, steps run on the current stream and tokens return by an asynchronous copy into
 pinned memory. On the CPU one worker thread plays the device: it runs the steps in order, and
@@ -15,7 +20,7 @@ pinned memory. On the CPU one worker thread plays the device: it runs the steps 
 import concurrent.futures
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +28,16 @@ import numpy.typing as npt
 import torch
 
 from pagetier import kernels
+from pagetier.handler.compilation import Forward, eager_forward
+from pagetier.handler.cuda_graphs import DecodeGraphs, DecodeOutputs
+from pagetier.handler.device_rows import DeviceRows
 from pagetier.handler.logit_rules import HostRules, LogitRules
 from pagetier.handler.messages import AddRequest, TokenLogprobs
 from pagetier.handler.model_loader import LoadedModel
 from pagetier.handler.paged_model import ForwardContext, forward_context
 from pagetier.handler.sampler import RowSettings, SamplerOutput, sample, score
 from pagetier.handler.sampling_params import SamplingParams
-from pagetier.handler.sequence import Sequence
+from pagetier.handler.sequence import Sequence as EngineSequence
 from pagetier.handler.step import (
     MAX_PROMPT_LOGPROBS_PER_STEP,
     ScheduledSequence,
@@ -37,127 +45,80 @@ from pagetier.handler.step import (
     StepPlan,
     StepResult,
 )
+from pagetier.handler.step_inputs import FlatBatch, StepInputs, StepReader, flat_of
 from pagetier.kernels.metadata import upload
 from pagetier.offload.tiers import KVLayout
 
-Int64Array = npt.NDArray[np.int64]
-Int32Array = npt.NDArray[np.int32]
+Caches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _HostBatch:
-    """A step's inputs as the host knows them, read from the plan in ``launch``.
+class _Sampling:
+    """How a step's tokens are chosen, as the host knows it.
 
     Attributes:
-        token_ids: of the new tokens, int64 ``(tokens,)``; 0 where the device knows better.
-        positions: theirs, int64 ``(tokens,)``.
-        slots: where their keys and values go, int64 ``(tokens,)``.
-        unknown_tokens: which of them come from the buffer of last tokens, int64.
-        unknown_rows: from which of its rows, int64.
-        sampled_tokens: after which tokens one is sampled, int64 ``(samples,)``.
-        sampled_rows: row of the buffer that each sample goes to, int64 ``(samples,)``.
-        block_tables: int32 ``(sequences, max_blocks)``.
-        seq_lens: new tokens included, int32 ``(sequences,)``.
-        query_start_loc: int32 ``(sequences + 1,)``.
-        block_copies: (source, destination) blocks, int64 ``(copies, 2)``.
-        sampling: settings of each sample.
+        rows: of the sampling sequences, int64 ``(samples,)``.
+        settings: of each sample.
         num_logprobs: what each sample asked for.
-        prompt_tokens: for whose successors log-probabilities are wanted, int64 ``(positions,)``.
-        prompt_targets: these successors, int64 ``(positions,)``.
-        prompt_wishes: for each sequence that wants such, how many positions and how many most
-            likely tokens of each.
+        rules: changes of the logits.
         masked_samples: which samples keep to a grammar, int64 ``(masks,)``.
         masks: tokens allowed to each of these, int32 ``(masks, words)``; see
             ``kernels.allow_tokens``.
     """
 
-    token_ids: Int64Array
-    positions: Int64Array
-    slots: Int64Array
-    unknown_tokens: Int64Array
-    unknown_rows: Int64Array
-    sampled_tokens: Int64Array
-    sampled_rows: Int64Array
-    block_tables: Int32Array
-    seq_lens: Int32Array
-    query_start_loc: Int32Array
-    block_copies: Int64Array
-    sampling: RowSettings
+    rows: npt.NDArray[np.int64]
+    settings: RowSettings
     num_logprobs: list[int | None]
-    prompt_tokens: Int64Array
-    prompt_targets: Int64Array
-    prompt_wishes: list[tuple[int, int]]
-    masked_samples: Int64Array
-    masks: Int32Array
+    rules: HostRules | None
+    masked_samples: npt.NDArray[np.int64]
+    masks: npt.NDArray[np.int32]
 
     @classmethod
-    def of(cls, plan: StepPlan, block_size: int) -> "_HostBatch":
-        """Read everything that the step needs from its sequences, which change afterwards."""
-        scheduled = plan.scheduled
-        assert scheduled, f"step {plan.step_id} has nothing to run"
-        starts = np.array([s.start for s in scheduled], dtype=np.int64)
-        lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
-        query_start_loc = np.concatenate([[0], np.cumsum(lens)])
-        tables = [s.sequence.block_tables[0] for s in scheduled]
-        block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
-        token_ids: list[int] = []
-        unknown = []
-        for index, (share, table) in enumerate(zip(scheduled, tables, strict=True)):
-            block_tables[index, : len(table)] = table
-            known = share.sequence.token_ids[share.start : share.start + share.num_tokens]
-            token_ids += known
-            if len(known) < share.num_tokens:
-                assert len(known) == share.num_tokens - 1, (share.sequence.request_id, share)
-                token_ids.append(0)
-                unknown.append((query_start_loc[index + 1] - 1, share.sequence.row))
-        owner = np.repeat(np.arange(len(scheduled)), lens)
-        positions = np.arange(len(token_ids)) - query_start_loc[owner] + starts[owner]
-        blocks = block_tables[owner, positions // block_size].astype(np.int64)
-        unknown_pairs = np.array(unknown, dtype=np.int64).reshape(-1, 2)
-        samples = [(index, s) for index, s in enumerate(scheduled) if s.samples]
-        assert all(s.sequence.row >= 0 for _, s in samples), "a sampling sequence has no row"
-        prompt_tokens: list[int] = []
-        prompt_targets: list[int] = []
-        prompt_wishes = []
-        for index, share in enumerate(scheduled):
-            first, end = share.prompt_logprobs
-            if end == 0:
-                continue
-            offset = int(query_start_loc[index]) - share.start
-            prompt_tokens += range(offset + first, offset + end)
-            prompt_targets += share.sequence.token_ids[first + 1 : end + 1]
-            prompt_wishes.append((end - first, share.sequence.params.prompt_logprobs or 0))
+    def of(cls, samples: Sequence[ScheduledSequence], rules: HostRules | None) -> "_Sampling":
+        """Read the settings of a step's sampling sequences."""
         masks = [
-            (sample, s.sequence.constraint.mask)
-            for sample, (_, s) in enumerate(samples)
+            (index, s.sequence.constraint.mask)
+            for index, s in enumerate(samples)
             if s.sequence.constraint is not None
         ]
         return cls(
-            token_ids=np.array(token_ids, dtype=np.int64),
-            positions=positions,
-            slots=blocks * block_size + positions % block_size,
-            unknown_tokens=unknown_pairs[:, 0],
-            unknown_rows=unknown_pairs[:, 1],
-            sampled_tokens=query_start_loc[[index + 1 for index, _ in samples]] - 1,
-            sampled_rows=np.array([s.sequence.row for _, s in samples], dtype=np.int64),
-            block_tables=block_tables,
-            seq_lens=(starts + lens).astype(np.int32),
-            query_start_loc=query_start_loc.astype(np.int32),
-            block_copies=np.array(plan.block_copies, dtype=np.int64).reshape(-1, 2),
-            sampling=RowSettings.of(
-                [s.sequence.params for _, s in samples],
-                [s.sequence.seed for _, s in samples],
-                [s.start + s.num_tokens for _, s in samples],
+            rows=np.array([s.sequence.row for s in samples], dtype=np.int64),
+            settings=RowSettings.of(
+                [s.sequence.params for s in samples],
+                [s.sequence.seed for s in samples],
+                [s.start + s.num_tokens for s in samples],
             ),
-            num_logprobs=[s.sequence.params.logprobs for _, s in samples],
-            prompt_tokens=np.array(prompt_tokens, dtype=np.int64),
-            prompt_targets=np.array(prompt_targets, dtype=np.int64),
-            prompt_wishes=prompt_wishes,
+            num_logprobs=[s.sequence.params.logprobs for s in samples],
+            rules=rules,
             masked_samples=np.array([sample for sample, _ in masks], dtype=np.int64),
             masks=np.frombuffer(b"".join(mask for _, mask in masks), dtype=np.int32).reshape(
                 len(masks), -1 if masks else 0
             ),
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token is the most likely one, and no more is asked."""
+        settings = self.settings
+        return (
+            settings.all_greedy
+            and settings.num_logprobs is None
+            and self.rules is None
+            and not len(self.masks)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """A step as the host read it."""
+
+    inputs: StepInputs
+    sampling: _Sampling
+
+    @property
+    def prompt_wishes(self) -> list[tuple[int, int]]:
+        """See ``FlatBatch``."""
+        return [] if self.inputs.flat is None else self.inputs.flat.prompt_wishes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +151,7 @@ def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
     return pinned.copy_(tensor, non_blocking=True)
 
 
-def _to_result(outputs: _Outputs, batch: _HostBatch) -> StepResult:
+def _to_result(outputs: _Outputs, batch: _Batch) -> StepResult:
     """Python numbers of what came of a step; the tensors are on the host and complete."""
     prompts = []
     if outputs.prompts is not None:
@@ -199,7 +160,7 @@ def _to_result(outputs: _Outputs, batch: _HostBatch) -> StepResult:
         prompts = [list(itertools.islice(entries, count)) for count, _ in batch.prompt_wishes]
     return StepResult(
         outputs.sampled.token_ids.tolist(),
-        _token_logprobs(outputs.sampled, batch.num_logprobs),
+        _token_logprobs(outputs.sampled, batch.sampling.num_logprobs),
         prompts,
     )
 
@@ -221,7 +182,7 @@ def _token_logprobs(output: SamplerOutput, wishes: Iterable[int | None]) -> list
 class _CpuHandle:
     """A step on the worker thread; ``event`` is its future."""
 
-    def __init__(self, future: "concurrent.futures.Future[_Outputs]", batch: _HostBatch) -> None:
+    def __init__(self, future: "concurrent.futures.Future[_Outputs]", batch: _Batch) -> None:
         self.event = future
         self._batch = batch
 
@@ -233,7 +194,7 @@ class _CpuHandle:
 class _CudaHandle:
     """A step on a CUDA stream; ``event`` passes once its tokens are in pinned memory."""
 
-    def __init__(self, outputs: _Outputs, batch: _HostBatch) -> None:
+    def __init__(self, outputs: _Outputs, batch: _Batch) -> None:
         self._batch = batch
         self._outputs = outputs.to_host()
         self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -252,8 +213,13 @@ class ModelRunner:
         model: what ``load_model`` returned.
         pages: the GPU tier, uint8 ``(blocks, block_bytes)``, on the model's device.
         layout: of the pages; its layers are the model's.
-        max_num_seqs: rows of the buffer of last tokens; each sequence's ``row`` is below it.
+        max_num_seqs: rows of the device's state; each sequence's ``row`` is below it.
         max_model_len: longest sequence, in tokens.
+        forward: the model's forward pass; None runs it operator by operator.
+        graph_sizes: sizes of batches whose decodes run in graphs, after ``graphs.capture()``.
+
+    Attributes:
+        graphs: of decodes; None without sizes.
     """
 
     def __init__(
@@ -264,9 +230,11 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        forward: Forward | None = None,
+        graph_sizes: Sequence[int] = (),
     ) -> None:
         assert layout.layers == model.kv_layers, "the layout is another model's"
-        self._model: Callable[..., Any] = model.model
+        self._forward_pass = eager_forward(model.model) if forward is None else forward
         self._device = model.device
         self._vocab_size = model.vocab_size
         self._layout = layout
@@ -274,7 +242,14 @@ class ModelRunner:
         self._caches = layout.views(pages)
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
-        self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
+        max_blocks = -(-max_model_len // layout.block_size)
+        self._reader = StepReader(max_num_seqs, max_blocks, layout.block_size)
+        self._rows = DeviceRows(max_num_seqs, max_blocks, layout.block_size, model.device)
+        self.graphs = (
+            DecodeGraphs(self._forward_pass, self._rows, self._caches, graph_sizes)
+            if graph_sizes
+            else None
+        )
         self._rules = LogitRules(max_num_seqs, model.vocab_size, model.device)
         self._worker = (
             concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="pagetier-step")
@@ -284,11 +259,18 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step and return at once; see ``Runner``."""
-        batch = _HostBatch.of(plan, self._layout.block_size)
-        rules = self._rules.read([share for share in plan.scheduled if share.samples])
+        inputs = self._reader.read(plan)
+        samples = [share for share in plan.scheduled if share.samples]
+        batch = _Batch(inputs, _Sampling.of(samples, self._rules.read(samples)))
+        if not self._runs_in_graph(inputs) and inputs.flat is None:
+            flat = self._reader.flat(plan, inputs)
+            batch = dataclasses.replace(batch, inputs=dataclasses.replace(inputs, flat=flat))
         if self._worker is not None:
-            return _CpuHandle(self._worker.submit(self._run, batch, rules), batch)
-        return _CudaHandle(self._run(batch, rules), batch)
+            return _CpuHandle(self._worker.submit(self._run, batch), batch)
+        return _CudaHandle(self._run(batch), batch)
+
+    def _runs_in_graph(self, inputs: StepInputs) -> bool:
+        return inputs.is_decode and self.graphs is not None and self.graphs.fits(len(inputs.rows))
 
     def close(self) -> None:
         """Wait for launched steps and let go of the pages; see ``Runner``."""
@@ -296,6 +278,8 @@ class ModelRunner:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self._device)
+        if self.graphs is not None:
+            self.graphs.close()
         self._caches = []
         self._pages = self._pages.new_empty(0)
 
@@ -309,12 +293,15 @@ class ModelRunner:
             The raw scores of each sequence with ``samples``, float32 on the CPU,
             ``(samples, vocabulary)``.
         """
-        batch = _HostBatch.of(plan, self._layout.block_size)
-        num_samples = len(batch.sampled_tokens)
-        if self._worker is not None:
-            logits = self._worker.submit(self._forward, batch, self._caches).result()
-            return logits[:num_samples].float()
-        return self._forward(batch, self._caches)[:num_samples].float().cpu()
+        # As the host sees it: nothing is noted, on either side.
+        flat = flat_of(plan, self._layout.block_size)
+        copies = np.array(plan.block_copies, dtype=np.int64).reshape(-1, 2)
+
+        def run() -> torch.Tensor:
+            self._copy_blocks(copies)
+            return self._forward(flat, self._caches)[: len(flat.sampled_tokens)].float()
+
+        return run().cpu() if self._worker is None else self._worker.submit(run).result()
 
     def profile_peak_bytes(self, num_tokens: int) -> int:
         """Run the largest batch once and return how much memory it needs beside what is held.
@@ -336,8 +323,11 @@ class ModelRunner:
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         scratch = self._layout.views(self._layout.allocate(1, self._device))
-        batch = _HostBatch.of(self._largest_plan(num_tokens), self._layout.block_size)
-        self._run(batch, None, scratch)
+        plan = self._largest_plan(num_tokens)
+        samples = [share for share in plan.scheduled if share.samples]
+        flat = flat_of(plan, self._layout.block_size)
+        logits = self._forward(flat, scratch)
+        self._choose(logits, flat, _Sampling.of(samples, None))
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before
 
@@ -350,7 +340,7 @@ class ModelRunner:
         scheduled = []
         for row in range(num_sequences):
             request = AddRequest(f"profile-{row}", [0] * self._max_model_len, params)
-            sequence = Sequence(request, arrival=row)
+            sequence = EngineSequence(request, arrival=row)
             sequence.block_tables = [[0] * num_blocks]
             sequence.row = row
             count = min(num_tokens - (num_sequences - row - 1), self._max_model_len)
@@ -362,48 +352,74 @@ class ModelRunner:
         return StepPlan(0, scheduled, [])
 
     @torch.inference_mode()
-    def _run(
-        self,
-        batch: _HostBatch,
-        rules: HostRules | None,
-        caches: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ) -> _Outputs:
+    def _run(self, batch: _Batch) -> _Outputs:
         """A whole step on the device: copies, forward pass, sampling; never waits for a GPU."""
-        logits = self._forward(batch, self._caches if caches is None else caches)
-        num_samples = len(batch.sampled_tokens)
+        inputs, sampling = batch.inputs, batch.sampling
+        self._rows.change(inputs.changes)
+        self._copy_blocks(inputs.block_copies)
+        if self._runs_in_graph(inputs):
+            assert self.graphs is not None
+            return self._sample_decode(self.graphs.run(inputs.rows), sampling)
+        assert inputs.flat is not None
+        logits = self._forward(inputs.flat, self._caches)
+        outputs = self._choose(logits, inputs.flat, sampling)
+        rows, ends, sampled_rows = upload([inputs.rows, inputs.ends, sampling.rows], self._device)
+        self._rows.num_computed.index_copy_(0, rows, ends)
+        self._rows.last_token_ids.index_copy_(0, sampled_rows, outputs.sampled.token_ids)
+        return outputs
+
+    def _sample_decode(self, decode: DecodeOutputs, sampling: _Sampling) -> _Outputs:
+        """The tokens of a decode in a graph: greedy ones are chosen already."""
+        if sampling.is_plain:
+            return _Outputs(SamplerOutput(decode.token_ids), None)
+        (rows,) = upload([sampling.rows], self._device)
+        # Rules look at the last tokens, in whose place the greedy ones are.
+        self._rows.last_token_ids.index_copy_(0, rows, decode.previous_token_ids)
+        sampled = self._sample(decode.logits, sampling)
+        self._rows.last_token_ids.index_copy_(0, rows, sampled.token_ids)
+        return _Outputs(sampled, None)
+
+    def _choose(self, logits: torch.Tensor, flat: FlatBatch, sampling: _Sampling) -> _Outputs:
+        """Sample from the logits of a flat batch, and score its prompts."""
+        num_samples = len(flat.sampled_tokens)
         prompts = None
-        if batch.prompt_wishes:
-            (targets,) = upload([batch.prompt_targets], self._device)
-            num_top = max(wanted for _, wanted in batch.prompt_wishes)
+        if flat.prompt_wishes:
+            (targets,) = upload([flat.prompt_targets], self._device)
+            num_top = max(wanted for _, wanted in flat.prompt_wishes)
             prompts = score(logits[num_samples:], targets, num_top)
-            logits = logits[:num_samples]
-        rows, settings = upload([batch.sampled_rows, batch.sampling.packed()], self._device)
-        if rules is None and not len(batch.masks):
-            sampled = sample(logits, batch.sampling, settings)
-        else:
-            # Log-probabilities are of what the model said, not of what was made of it.
-            wants_raw = batch.sampling.num_logprobs is not None
-            changed = logits.to(torch.float32, copy=wants_raw)
-            on_device = None if rules is None else self._rules.upload(rules)
-            if on_device is not None:
-                self._rules.apply(changed, on_device, self._last_token_ids)
-            if len(batch.masks):
-                samples, masks = upload([batch.masked_samples, batch.masks], self._device)
-                kernels.allow_tokens(changed, samples, masks)
-            sampled = sample(changed, batch.sampling, settings, raw_logits=logits)
-            if on_device is not None:
-                self._rules.count(on_device, sampled.token_ids)
-        self._last_token_ids.index_copy_(0, rows, sampled.token_ids)
-        return _Outputs(sampled, prompts)
+        return _Outputs(self._sample(logits[:num_samples], sampling), prompts)
+
+    def _sample(self, logits: torch.Tensor, sampling: _Sampling) -> SamplerOutput:
+        """Choose a token for each row of logits, as its request wants it."""
+        (settings,) = upload([sampling.settings.packed()], self._device)
+        if sampling.rules is None and not len(sampling.masks):
+            return sample(logits, sampling.settings, settings)
+        # Log-probabilities are of what the model said, not of what was made of it.
+        wants_raw = sampling.settings.num_logprobs is not None
+        changed = logits.to(torch.float32, copy=wants_raw)
+        rules = None if sampling.rules is None else self._rules.upload(sampling.rules)
+        if rules is not None:
+            self._rules.apply(changed, rules, self._rows.last_token_ids)
+        if len(sampling.masks):
+            samples, masks = upload([sampling.masked_samples, sampling.masks], self._device)
+            kernels.allow_tokens(changed, samples, masks)
+        sampled = sample(changed, sampling.settings, settings, raw_logits=logits)
+        if rules is not None:
+            self._rules.count(rules, sampled.token_ids)
+        return sampled
+
+    def _copy_blocks(self, block_copies: npt.NDArray[np.int64]) -> None:
+        if len(block_copies):
+            kernels.copy_blocks(self._pages, upload([block_copies], self._device)[0])
 
     @torch.inference_mode()
-    def _forward(
-        self, batch: _HostBatch, caches: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Logits of a batch, in the model's dtype, on the device: ``(rows, vocabulary)``.
+    def _forward(self, flat: FlatBatch, caches: Caches) -> torch.Tensor:
+        """Logits of a flat batch, in the model's dtype, on the device: ``(rows, vocabulary)``.
 
         A row for each sample, then one for each position of ``prompt_tokens``.
         """
+        kept = np.concatenate([flat.sampled_tokens, flat.prompt_tokens])
+        num_kept = len(kept)
         (
             token_ids,
             positions,
@@ -411,44 +427,34 @@ class ModelRunner:
             unknown_tokens,
             unknown_rows,
             kept_tokens,
-            block_copies,
             block_tables,
             seq_lens,
             query_start_loc,
         ) = upload(
             [
-                batch.token_ids,
-                batch.positions,
-                batch.slots,
-                batch.unknown_tokens,
-                batch.unknown_rows,
-                np.concatenate([batch.sampled_tokens, batch.prompt_tokens]),
-                batch.block_copies,
-                batch.block_tables,
-                batch.seq_lens,
-                batch.query_start_loc,
+                flat.token_ids,
+                flat.positions,
+                flat.slots,
+                flat.unknown_tokens,
+                flat.unknown_rows,
+                kept if num_kept else np.zeros(1, dtype=np.int64),  # compiled for one row or more
+                flat.block_tables,
+                flat.seq_lens,
+                flat.query_start_loc,
             ],
             self._device,
         )
-        if len(batch.block_copies):
-            kernels.copy_blocks(self._pages, block_copies)
-        if len(batch.unknown_tokens):
+        if len(flat.unknown_tokens):
             token_ids.index_copy_(
-                0, unknown_tokens, self._last_token_ids.index_select(0, unknown_rows)
+                0, unknown_tokens, self._rows.last_token_ids.index_select(0, unknown_rows)
             )
         metadata = kernels.AttentionMetadata.build(
             block_tables,
             seq_lens,
             query_start_loc,
-            host_seq_lens=batch.seq_lens,
-            host_query_start_loc=batch.query_start_loc,
+            host_seq_lens=flat.seq_lens,
+            host_query_start_loc=flat.query_start_loc,
         )
         with forward_context(ForwardContext(caches, slots, metadata)):
-            output = self._model(
-                input_ids=token_ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=kept_tokens,
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+            logits = self._forward_pass(token_ids[None], positions[None], kept_tokens)[0]
+        return logits[:num_kept]

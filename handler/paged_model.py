@@ -3,8 +3,8 @@
 Owns the name under which transformers knows our attention, and the place where a forward pass finds
 its keys and values. Knows nothing of how models are loaded, compiled or scheduled.
 
-Under ``torch.compile`` attention is one opaque operator, ``pagetier::attention``, that only writes
-``out``: the compiler sees neither the caches, which it would trace and guard, nor the context.
+To a compiler attention is one opaque operator, ``pagetier::attention``, that only writes ``out``:
+it sees neither the caches nor the context.
 """
 
 import contextlib
@@ -118,8 +118,7 @@ def _paged_attention(
     is ``(1, tokens, heads, v_dim)``. Other keywords are those that the gate found harmless.
     """
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-    attend = torch.ops.pagetier.attention if torch.compiler.is_compiling() else _attend
-    attend(
+    torch.ops.pagetier.attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),

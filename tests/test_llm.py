@@ -13,6 +13,9 @@ import torch
 from support import tiny_models
 
 from pagetier import LLM, SamplingParams
+from pagetier.handler import engine_builder
+from pagetier.handler.compilation import compile_forward
+from pagetier.handler.cuda_graphs import DecodeGraphs
 from pagetier.handler.errors import ConfigError, InvalidRequest, ModelError, PromptTooLong
 from pagetier.handler.kv_cache_manager import Direction
 
@@ -104,6 +107,32 @@ def test_tokens_equal_transformers_for_every_architecture_under_preemption(
 )
 def test_tokens_equal_transformers_for_every_combination(combination, tmp_path, device):
     check_exactness("llama", tmp_path, device, *combination)
+
+
+def in_graphs(monkeypatch, sizes=(1, 2, 4, 6)) -> list[int]:
+    """Let engines on a CPU run decodes as a GPU's graphs do; the list gets their batch sizes."""
+    batches: list[int] = []
+    run = DecodeGraphs.run
+
+    def choose(config, model, say):
+        return engine_builder.Execution(compile_forward(model.model, "graph"), sizes)
+
+    monkeypatch.setattr(engine_builder, "choose_execution", choose)
+    monkeypatch.setattr(
+        DecodeGraphs, "run", lambda g, rows: batches.append(len(rows)) or run(g, rows)
+    )
+    return batches
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+@pytest.mark.parametrize(("name", "block_size"), [("llama", 4), ("gemma2", 1), ("opt", 16)])
+def test_graphs_survive_preemption_swaps_and_prefix_hits(
+    name, block_size, mode, tmp_path, monkeypatch
+):
+    batches = in_graphs(monkeypatch)
+    check_exactness(name, tmp_path, "cpu", block_size, True, mode)
+    assert len(batches) > 20
+    assert len(set(batches)) > 1
 
 
 @pytest.fixture(scope="module")
