@@ -39,8 +39,9 @@ _HOST_PROGRAMS = 4
 # Programs that fill a device; each then takes several pieces.
 _MAX_PROGRAMS = 1 << 16
 # What a program of _copy_blocks_kernel holds, and for up to how many pairs kernels are compiled.
-_COLUMN_BYTES = 32768
-_NUM_PAIRS = (16, 256, 2048)
+_COLUMN_BYTES = 65536
+_NUM_PAIRS = (16, 128, 1024)
+_COLUMN_NUM_WARPS = 16
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -109,7 +110,7 @@ def copy_blocks(pages: torch.Tensor, pairs: torch.Tensor | Sequence[tuple[int, i
     column = _COLUMN_BYTES // padded // words.itemsize
     _copy_blocks_kernel[(triton.cdiv(num_vectors * vector, column),)](
         words, pairs, strides[0], num_vectors, num_pairs,
-        VECTOR=vector, PAIRS=padded, COLUMN=column, num_warps=_NUM_WARPS,
+        VECTOR=vector, PAIRS=padded, COLUMN=column, num_warps=_COLUMN_NUM_WARPS,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from pagetier.kernels.reference.sampling import WEIGHT_BITS
 
 _TILE = 4096
 # Tokens of a row that are collected at most, and how many of them are looked at at once.
-_FOUND = 8192
+_FOUND = 16384
 _PIECE = 1024
 _NUM_WARPS = 4
 # Where a tile takes many registers: more threads share it, and where they still take too many for
@@ -140,16 +140,18 @@ def _weights_kernel(
             has_top_k = tl.load(top_k_ptr + row * int_stride) < vocabulary
             has_top_p = tl.load(top_p_ptr + row * float_stride) < 1.0
             if has_top_k | has_top_p:
-                # Octaves of weight; at temperatures above 1, those of temperature 1.
+                # Octaves of weight; at temperatures above 1, those of temperature 1. The last pivot
+                # is 41 below the highest: up to temperature 1, nothing beyond has weight.
                 octave = 0.6931472 * tl.minimum(temperature, 1.0)
                 for pair in tl.static_range(_PIVOTS // 2):
                     # Two counts of up to a tile are summed as one number.
                     packed = tl.zeros([TILE], tl.int32)
                     for index in tl.static_range(2):
                         pivot = pair * 2 + index
-                        # From half an octave to 41: beyond, at temperatures up to 1, weights are 0.
-                        octaves = 0.5 + 0.6 * pivot + 0.14 * pivot * pivot
-                        bound = highest - octaves * octave
+                        # The highest tokens may lie anywhere, but much weight only near the top.
+                        far = 0.5 + 0.6 * pivot + 0.14 * pivot * pivot
+                        near = 1.0 + pivot if pivot < _PIVOTS - 1 else far
+                        bound = highest - octave * tl.where(has_top_k, far, near)
                         # The same from every tile.
                         tl.store(bounds_ptr + row * _PIVOTS + pivot, bound)
                         is_above = logits >= bound
