@@ -30,6 +30,7 @@ from pagetier.handler.step import ScheduledSequence, StepPlan
 from pagetier.handler.structured_output import Grammars
 from pagetier.handler.tokenizer import Tokenizer
 from pagetier.handler.units import format_bytes
+from pagetier.handler.warm_up import warm_up
 from pagetier.offload import host_memory
 from pagetier.offload.calibrate import measure_link, measure_prefill
 from pagetier.offload.cost_model import CostModel
@@ -97,6 +98,9 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     if runner.graphs is not None:
         say(f"Capturing {len(runner.graphs.sizes)} CUDA graphs")
         runner.graphs.capture()
+    if gpu_pages.is_cuda:
+        say("Compiling what requests may ask for")
+        warm_up(gpu_pages, model.vocab_size, model.dtype)
     link = make_link(gpu_pages, host)
     say("Measuring what swapping and recomputing cost")
     cost_model = _calibrate(config, model, layout, sizes, runner, link, num_cpu_blocks)

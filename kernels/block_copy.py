@@ -46,7 +46,8 @@ _COLUMN_NUM_WARPS = 16
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-@triton.jit
+# Nothing is compiled anew for another number of blocks.
+@triton.jit(do_not_specialize=("num_pieces",))
 def _move_blocks_kernel(
     source_ptr, destination_ptr, ids_ptr,
     source_stride, destination_stride, num_vectors, pieces_per_block, num_pieces,
@@ -70,7 +71,7 @@ def _move_blocks_kernel(
         tl.store(destination_ptr + destination * destination_stride * VECTOR + word, data, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_pairs",))
 def _copy_blocks_kernel(
     pages_ptr, pairs_ptr, stride, num_vectors, num_pairs,
     VECTOR: tl.constexpr, PAIRS: tl.constexpr, COLUMN: tl.constexpr,

@@ -66,7 +66,8 @@ def _store_rows(ptr, rows, dim, mask, x, scale_ptr, scale_rows, row_mask, KIND: 
     tl.store(ptr + rows[:, None] + dim[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# Nothing is compiled anew for another number of tokens.
+@triton.jit(do_not_specialize=("num_tokens",))
 def _write_kernel(
     q_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr,
     slots_ptr, num_tokens, num_heads, kv_heads,

@@ -18,7 +18,7 @@ _NUM_WARPS = 4
 _COUNT_BITS = tl.constexpr(IN_PROMPT - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("mask_stride",))
 def _allow_kernel(
     logits_ptr, rows_ptr, masks_ptr, stride, mask_stride, vocabulary, TILE: tl.constexpr
 ):

@@ -42,6 +42,8 @@ _NUM_WARPS = 4
 _WIDE_NUM_WARPS = 8
 _MOST_REGISTERS = 80
 
+# Where they lie depends on the number of rows, for which nothing is to be compiled anew.
+_SETTINGS = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seeds_ptr", "positions_ptr")
 _PIVOTS = tl.constexpr(16)
 _WEIGHT_ONE = tl.constexpr(2.0**WEIGHT_BITS)
 _LOWEST_KEY = tl.constexpr(-(2**31))
@@ -115,7 +117,7 @@ def _maxima_kernel(
     tl.store(argmaxima_ptr + place, tile * TILE + where)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _weights_kernel(
     logits_ptr, maxima_ptr, sums_ptr, bounds_ptr, counts_ptr, above_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
@@ -197,7 +199,7 @@ def _pivot(
     return bound, is_reliable, tl.sum(counts, 0), num_before, num_inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _collect_kernel(
     logits_ptr, sums_ptr, bounds_ptr, counts_ptr, above_ptr, found_ptr, found_ids_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr,
@@ -367,7 +369,7 @@ def _highest_kernel(maxima_ptr, argmaxima_ptr, out_ptr, vocabulary, num_tiles, T
     tl.store(out_ptr + row, tl.minimum(token, vocabulary - 1).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
 def _choose_kernel(
     logits_ptr, maxima_ptr, argmaxima_ptr, sums_ptr, bounds_ptr, counts_ptr, above_ptr,
     found_ptr, found_ids_ptr,

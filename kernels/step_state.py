@@ -41,7 +41,7 @@ def _read_kernel(
         tl.store(batch_tables_ptr + index * batch_table_stride + columns, blocks, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size",))
 def _advance_kernel(
     rows_ptr, token_ids_ptr, last_token_ids_ptr, num_computed_ptr, size, padding,
     ENTRIES: tl.constexpr,
@@ -56,7 +56,7 @@ def _advance_kernel(
     tl.store(num_computed_ptr + row, length + 1, mask=is_live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_blocks", "num_lengths", "num_tokens"))
 def _change_kernel(
     blocks_ptr, lengths_ptr, tokens_ptr, last_token_ids_ptr, num_computed_ptr, tables_ptr,
     num_blocks, num_lengths, num_tokens, table_stride, ENTRIES: tl.constexpr,
