@@ -138,18 +138,19 @@ def _candidates(bench: Bench, num_tokens: int) -> list[Use]:
         tiles = [
             (4, 512, 2, 2), (4, 1024, 4, 1), (8, 512, 4, 1), (8, 512, 4, 2), (8, 1024, 4, 1),
             (16, 512, 4, 1), (8, 1024, 8, 1), (16, 1024, 8, 1), (4, 2048, 4, 1), (4, 2048, 8, 1),
-            (2, 2048, 4, 1), (16, 256, 4, 2), (32, 256, 4, 1),
+            (2, 2048, 4, 1), (16, 256, 4, 2), (2, 2048, 2, 1), (1, 2048, 2, 1), (1, 4096, 4, 1),
+            (2, 4096, 8, 1), (2, 1024, 2, 2), (4, 1024, 2, 1),
         ]  # fmt: skip
         found += [
             {"kernel": "vector", "outs": o, "ins": i, "num_warps": w, "unroll": u}
             for o, i, w, u in tiles
         ]
-    tokens = 8 if num_tokens <= 8 else min(num_tokens, 128)
     tiles = [
         (False, 32, 256, 4, 4), (False, 64, 128, 4, 4), (False, 64, 128, 4, 6),
         (False, 128, 64, 4, 5), (False, 128, 128, 4, 4), (True, 64, 128, 4, 4),
         (True, 64, 128, 4, 6), (True, 64, 256, 4, 3), (True, 128, 64, 4, 5),
         (True, 128, 128, 4, 4), (True, 128, 128, 8, 4), (True, 256, 64, 8, 4),
+        (True, 64, 128, 4, 3), (True, 64, 64, 4, 6), (False, 32, 128, 4, 5),
     ]  # fmt: skip
     if num_tokens > 64:
         tiles = [
@@ -157,10 +158,15 @@ def _candidates(bench: Bench, num_tokens: int) -> list[Use]:
             (False, 128, 128, 8, 3), (False, 256, 64, 8, 3), (True, 64, 64, 4, 5),
             (True, 128, 64, 8, 4), (True, 256, 64, 8, 3), (True, 128, 128, 8, 3),
         ]  # fmt: skip
-    heights = [tokens] if num_tokens <= 64 else [64, 128] if num_tokens <= 128 else [64, 128, 256]
+    # Hopper's way of multiplying, which reads both operands from shared memory, begins with 16.
+    heights = [8] if num_tokens == 1 else [8, 16] if num_tokens <= 8 else [max(num_tokens, 16)]
+    if num_tokens > 64:
+        heights = [64, 128] if num_tokens <= 128 else [64, 128, 256]
     for height in heights:
         for swap, outs, ins, warps, stages in tiles:
-            rows = height if swap else max(height, 16)
+            if not swap and height < 16:
+                continue  # 16 are computed all the same
+            rows = height
             # Sums in fp32 have to stay in registers, with room for addresses.
             too_wide = rows * outs > 128 * 32 * warps or (rows > 128 and warps < 8)
             shared = stages * (rows + outs) * ins * bench.dtype.itemsize
@@ -198,9 +204,9 @@ def _compile(bench: Bench, candidates: Sequence[Use], num_tokens: int, deadline:
 
 
 def _prefetches(bench: Bench) -> tuple[int, ...]:
-    """Whether a kernel can start before the last one ended."""
+    """Steps to ask for before the last kernel has ended, where one can start so early."""
     early = bench.device.type == "cuda" and torch.cuda.get_device_capability(bench.device) >= (9, 0)
-    return (0, 1) if early else (0,)
+    return (2, 0, 1, 4) if early else (0,)
 
 
 def _try(x: torch.Tensor, weight: torch.Tensor, use: Use) -> None:
@@ -236,7 +242,8 @@ def _search(bench: Bench, inputs: _Inputs, candidates: Sequence[Use]) -> tuple[U
         return [dict(key) for key in sorted(seconds, key=lambda key: seconds[key])]
 
     for use in candidates:
-        measure({**use, "splits": _splits(bench, inputs, use)})
+        splits = _splits(bench, inputs, use)
+        measure({**use, "splits": splits, "prefetch": _prefetches(bench)[0]})
     for use in best()[:_NUM_PROMISING]:
         splits = use["splits"]
         for other in {1, splits // 2, splits - 1, splits + 1, splits * 2} - {0, splits}:
