@@ -376,11 +376,11 @@ def _parse_arguments(text: str) -> dict[str, Any]:
 
 
 def plain_tool(tool: Tool) -> dict[str, Any]:
-    """The tool as chat templates know it, without what was left out."""
+    """The tool as chat templates know it: some fail where one of these is left out."""
     function = {
-        name: value
-        for name in ("name", "description", "parameters")
-        if (value := getattr(tool.function, name)) is not None
+        "name": tool.function.name,
+        "description": tool.function.description or "",
+        "parameters": tool.function.parameters or {"type": "object", "properties": {}},
     }
     return {"type": tool.type, "function": function}
 

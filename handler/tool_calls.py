@@ -116,7 +116,7 @@ def form_of(template: str, name: str | None = None) -> Form | None:
     """The form that a chat template teaches its model, or the one called ``name``; else None."""
     if name is None:
         # Others begin with a mark of these, too, and go on differently.
-        if "<function=" in template:
+        if "<function=" in template or "<arg_key>" in template:
             return None
         if "[TOOL_CALLS]" in template:
             name = "mistral"

@@ -86,6 +86,15 @@ def test_template_is_given_the_tools_in_openais_form(api):
     assert prompt(ask(api, tools=[])) == prompt(ask(api, tools=None))
 
 
+def test_templates_are_given_all_three_parts_of_a_tool():
+    """Those of Hermes 3 add descriptions together and look into properties."""
+    template = (
+        "{% for t in tools %}{{ t.function.name + t.function.description }}"
+        "{{ t.function.parameters.properties | length }}{% endfor %}<tool_call>"
+    )
+    assert prompt(ask(make_api(template=template))) == "weatherTell it.1now0<tool_call>"
+
+
 def test_conversation_with_calls_and_answers_is_rendered(api):
     messages = [
         *CHAT,

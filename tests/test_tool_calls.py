@@ -39,6 +39,7 @@ MISTRAL_ARGS = form_of("[TOOL_CALLS]f[ARGS]", "mistral")
         ('{{ tools }} {"name": function name, "parameters": dictionary of argument', "llama3_json"),
         ("{{ tools }} <|python_tag|>", "llama3_json"),
         ("{{ tools }} <tool_call><function=f>", None),
+        ("{{ tools }} <tool_call>f\n<arg_key>", None),
         ("{{ tools }}", None),
     ],
 )
