@@ -4,9 +4,9 @@ TorchServe's frontend calls again and again with every request in flight; each c
 *exchange*: new requests are admitted, those whose client has left are aborted, and what the others
 have gained since the last call is handed over. The engine runs on its own meanwhile.
 
-Owns admission (routes, the bound of the queue) and the state of each open request. Knows nothing
-of ``ts``, of processes, or of the shapes of bodies. An exchange and the watch for silence may come
-from two threads.
+Owns admission (routes, the bound of the queue) and the state of each open request. What an exchange
+carries is in ``exchange``. Knows nothing of ``ts``, of processes, or of the shapes of bodies. An
+exchange and the watch for silence may come from two threads.
 
 The status of a response leaves with its first piece. So every new request is answered in the
 exchange that brings it: an error, or anything known at once, as a complete reply; an accepted
@@ -40,10 +40,23 @@ from pagetier.handler.errors import (
     NotFound,
     QueueFull,
 )
+from pagetier.handler.exchange import (
+    CLIENT_ID_HEADER,
+    EVENT_STREAM,
+    JSON,
+    Inbox,
+    Incoming,
+    Reply,
+    body_of,
+    json_reply,
+    num_characters,
+    own_fault,
+    refusal,
+)
 from pagetier.handler.messages import AddRequest, RequestOutput, StatsReply
 from pagetier.handler.openai_api import OpenAIApi, is_client_id
 from pagetier.handler.openai_responses import Response, error_body, error_event
-from pagetier.handler.openai_schemas import DrainBody, parse_json, read_body
+from pagetier.handler.openai_schemas import DrainBody, read_body
 from pagetier.handler.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
@@ -64,11 +77,6 @@ TOUCH_SECONDS = 0.2
 
 # A body with more text or token ids than this takes more than some milliseconds to read.
 LARGE_BODY_CHARACTERS = 16384
-# The frontend sets ``X-Request-Id`` of responses itself.
-CLIENT_ID_HEADER = "X-Client-Request-Id"
-
-JSON = "application/json"
-EVENT_STREAM = "text/event-stream"
 
 
 class Engine(Protocol):
@@ -85,68 +93,6 @@ class Engine(Protocol):
     def request_stats(self, *, include_trace: bool = False) -> None:
         """Ask for a ``StatsReply``; raises ``EngineDead``."""
         ...
-
-
-class Incoming(NamedTuple):
-    """A new request as it came: ``body`` is parsed JSON, text, raw bytes, or None.
-
-    ``client_id`` is what the client calls it, in a header; empty if it does not.
-    """
-
-    route: str
-    body: Any
-    content_type: str = ""
-    client_id: str = ""
-
-
-class Reply(msgspec.Struct, frozen=True):
-    """What to send for the request at ``index`` of an exchange.
-
-    ``last``: True ends a response that was opened before, False leaves it open, None says that
-    this is a whole response. ``status``, ``content_type`` and ``headers`` count in the first reply
-    to a request only.
-    """
-
-    index: int
-    body: bytes
-    last: bool | None
-    status: int = 200
-    content_type: str | None = None
-    headers: Mapping[str, str] = {}
-
-
-class Inbox:
-    """Where the engine's messages wait for the next exchange."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._messages: list[list[RequestOutput] | StatsReply] = []
-        self._death: str | None = None
-
-    def put(self, message: list[RequestOutput] | StatsReply) -> None:
-        """Leave a message."""
-        with self._changed:
-            self._messages.append(message)
-            self._changed.notify_all()
-
-    def put_death(self, reason: str) -> None:
-        """Say that the engine is dead; no more messages come."""
-        with self._changed:
-            self._death = reason
-            self._changed.notify_all()
-
-    @property
-    def death(self) -> str | None:
-        """Why the engine is dead, or None."""
-        return self._death
-
-    def take(self, wait_seconds: float) -> list[list[RequestOutput] | StatsReply]:
-        """All messages there are; if there are none, wait for one, but not for long."""
-        with self._changed:
-            if not self._messages and wait_seconds > 0.0 and self._death is None:
-                self._changed.wait(wait_seconds)
-            messages, self._messages = self._messages, []
-            return messages
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -354,11 +300,11 @@ class Pump:
             return self._route(request_id, index, incoming, client_id)
         except EngineError as exc:
             logger.info("request %s refused: %s", request_id, type(exc).__name__)
-            return _refusal(index, exc, client_id)
+            return refusal(index, exc, client_id)
         except Exception:
             # Raised from here, it would fail every request in flight.
             logger.exception("request %s broke while it was admitted", request_id)
-            return _refusal(index, _own_fault(), client_id)
+            return refusal(index, own_fault(), client_id)
 
     def _route(
         self, request_id: str, index: int, incoming: Incoming, client_id: str
@@ -368,7 +314,7 @@ class Pump:
             return self._start(request_id, index, incoming, client_id)
         if route == "health":
             self._check_engine()
-            return _json_reply(index, {"status": "draining" if self._is_draining else "ok"})
+            return json_reply(index, {"status": "draining" if self._is_draining else "ok"})
         if route == "v1/models":
             return Reply(index, self._api.models(), None, content_type=JSON)
         if route.startswith("v1/models/"):
@@ -376,7 +322,7 @@ class Pump:
             return Reply(index, body, None, content_type=JSON)
         if route in ("tokenize", "detokenize"):
             answer = self._api.tokenize if route == "tokenize" else self._api.detokenize
-            body = _body(incoming)
+            body = body_of(incoming)
             return self._read(request_id, index, client_id, body, lambda: answer(body))
         if route in ("stats", "stats/trace"):
             with_trace = route == "stats/trace"
@@ -389,7 +335,7 @@ class Pump:
         if route == "resume" and self._enable_drain:
             self._is_draining = False
             logger.info("requests are taken again")
-            return _json_reply(index, {"status": "ok"})
+            return json_reply(index, {"status": "ok"})
         raise NotFound(
             f"Unknown route {route[:100]!r}; there are v1/completions, v1/chat/completions, "
             "v1/models, tokenize, detokenize, health, stats, stats/trace, drain and resume."
@@ -405,7 +351,7 @@ class Pump:
         # Before the work of reading it, and after, when it is known how many it makes.
         self._check_queue(1)
         route = incoming.route.strip("/")
-        body = _body(incoming, is_plain=not route)
+        body = body_of(incoming, is_plain=not route)
         parse = self._routes[route]
         return self._read(
             request_id, index, client_id, body, lambda: parse(request_id, body, client_id or None)
@@ -420,7 +366,7 @@ class Pump:
         read: Callable[[], Response | bytes],
     ) -> Reply | None:
         """Call ``read``, which reads ``body``: at once, or, if it takes long, in the thread."""
-        if _num_characters(body) <= LARGE_BODY_CHARACTERS:
+        if num_characters(body) <= LARGE_BODY_CHARACTERS:
             return self._take_read(request_id, index, read())
         self._reading[request_id] = _Reading(self._reader.submit(read), client_id)
         return None
@@ -433,10 +379,10 @@ class Pump:
                 replies.append(self._take_read(request_id, index, reading.result.result()))
             except EngineError as exc:
                 logger.info("request %s refused: %s", request_id, type(exc).__name__)
-                replies.append(_refusal(index, exc, reading.client_id))
+                replies.append(refusal(index, exc, reading.client_id))
             except Exception:
                 logger.exception("request %s broke while it was read", request_id)
-                replies.append(_refusal(index, _own_fault(), reading.client_id))
+                replies.append(refusal(index, own_fault(), reading.client_id))
         return replies
 
     def _take_read(self, request_id: str, index: int, read: Response | bytes) -> Reply | None:
@@ -543,7 +489,7 @@ class Pump:
         """Take no more requests; the answer comes when the last of them is gone."""
         timeout = None
         if incoming.body:
-            timeout = read_body(_body(incoming), DrainBody).timeout
+            timeout = read_body(body_of(incoming), DrainBody).timeout
         if timeout is not None and not timeout >= 0:
             raise InvalidRequest(
                 f"timeout must be 0 seconds or more, not {timeout}.", param="timeout"
@@ -558,15 +504,15 @@ class Pump:
         for request_id, deadline in list(self._drains.items()):
             index = index_of[request_id]
             if not self._is_draining:
-                replies.append(_json_reply(index, {"status": "resumed"}))
+                replies.append(json_reply(index, {"status": "resumed"}))
             elif not self._open and not self._reading:
-                replies.append(_json_reply(index, {"status": "drained"}))
+                replies.append(json_reply(index, {"status": "drained"}))
             elif self._clock() >= deadline:
                 error = DeadlineExceeded(
                     f"{self.num_open} requests are still open; no new ones are taken. Drain again "
                     "to wait longer."
                 )
-                replies.append(_refusal(index, error))
+                replies.append(refusal(index, error))
             else:
                 continue
             del self._drains[request_id]
@@ -598,7 +544,7 @@ class Pump:
                     self._log.ended(request.engine_ids, "stop")
             except Exception:
                 logger.exception("request %s broke while it was answered", output.request_id)
-                self._fail(request, _own_fault())
+                self._fail(request, own_fault())
 
     def _stop_output(self, request: _Open, output: RequestOutput) -> None:
         """Of an output that a stop string has ended, the engine does not know that it has."""
@@ -616,9 +562,9 @@ class Pump:
             logger.exception("request %s broke while it was answered", request.request_id)
             self._abort(request.engine_ids, "error")
             self._close(request)
-            error = _own_fault()
+            error = own_fault()
             if not request.has_head:
-                return _refusal(index, error)
+                return refusal(index, error)
             as_end = error_event if request.response.stream else error_body
             return Reply(index, as_end(error), True)
 
@@ -649,7 +595,7 @@ class Pump:
         response = request.response
         if not request.has_head:
             self._close(request)
-            return _refusal(index, error, request.client_id)
+            return refusal(index, error, request.client_id)
         # Too late for a status: it left with the opening piece. A client that awaits a whole
         # response would take any body for a good one. So if the worker is about to end anyway,
         # leave it to the frontend to break the connection: that is an error to every client.
@@ -691,35 +637,7 @@ class Pump:
         for request_id in late:
             del self._asked[request_id]
         error = EngineDead("The engine does not answer; try again in a moment.")
-        return [_refusal(index_of[request_id], error) for request_id in late]
-
-
-def _num_characters(value: Any, depth: int = 6) -> int:
-    """About how much there is to encode in a body: characters of texts, token ids of lists."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list) or depth == 0:
-        return 0
-    if value and isinstance(value[0], int):
-        return len(value)
-    return sum([_num_characters(item, depth - 1) for item in value])
-
-
-def _json_reply(index: int, body: Any) -> Reply:
-    return Reply(index, msgspec.json.encode(body), None, content_type=JSON)
-
-
-def _refusal(index: int, error: EngineError, client_id: str = "") -> Reply:
-    headers = {CLIENT_ID_HEADER: client_id} if client_id else {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
-    return Reply(index, error_body(error), None, error.status, JSON, headers)
-
-
-def _own_fault() -> EngineError:
-    return EngineError("An error of the server's own; see its log.")
+        return [refusal(index_of[request_id], error) for request_id in late]
 
 
 def _error(output: RequestOutput) -> EngineError:
@@ -732,22 +650,3 @@ def _error(output: RequestOutput) -> EngineError:
         if output.error_status == kind.status:
             return kind(message)
     return EngineError(message)
-
-
-def _body(incoming: Incoming, *, is_plain: bool = False) -> Any:
-    """The body as parsed JSON, or, on the plain route, perhaps as text."""
-    body = incoming.body
-    is_json = incoming.content_type.startswith(JSON)
-    if body is None or body == b"":
-        raise InvalidRequest(
-            "The request has no body that can be read; send JSON with the header "
-            "'Content-Type: application/json'."
-        )
-    if not isinstance(body, bytes | bytearray | str) or (is_json and isinstance(body, str)):
-        return body  # parsed by the frontend's side
-    if is_plain and not is_json:
-        try:
-            return body if isinstance(body, str) else bytes(body).decode()
-        except UnicodeDecodeError:
-            raise InvalidRequest("The body is neither JSON nor UTF-8 text.") from None
-    return parse_json(body if isinstance(body, str) else bytes(body))

@@ -23,12 +23,13 @@ from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_client import EngineClient
 from pagetier.handler.engine_process import DEFAULT_BUILDER
 from pagetier.handler.errors import ConfigError, EngineError, LaunchError
+from pagetier.handler.exchange import Inbox, Incoming, Reply
 from pagetier.handler.frame_reader import FrameReader
 from pagetier.handler.messages import RequestOutput
 from pagetier.handler.metrics import Histogram
 from pagetier.handler.metrics_export import MetricsExporter, start_exporting
 from pagetier.handler.openai_api import OpenAIApi
-from pagetier.handler.pump import TICK_SECONDS, WAIT_SECONDS, Inbox, Incoming, Pump, Reply
+from pagetier.handler.pump import TICK_SECONDS, WAIT_SECONDS, Pump
 from pagetier.handler.request_log import RequestLog
 from pagetier.handler.tokenizer import Tokenizer, check_tokenizer_files
 

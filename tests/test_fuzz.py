@@ -24,6 +24,7 @@ from pagetier.handler import pump
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_builder import build_engine
 from pagetier.handler.errors import EngineError
+from pagetier.handler.exchange import Inbox
 from pagetier.handler.messages import RequestOutput, StatsReply
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.openai_schemas import (
@@ -35,7 +36,7 @@ from pagetier.handler.openai_schemas import (
     DrainBody,
     TokenizeBody,
 )
-from pagetier.handler.pump import Inbox, Pump
+from pagetier.handler.pump import Pump
 from pagetier.handler.service import PagetierHandler
 from pagetier.handler.tokenizer import Tokenizer
 

@@ -8,6 +8,7 @@ import pytest
 from support.tokenizers import byte_level_tokenizer
 
 from pagetier.handler.errors import EngineDead
+from pagetier.handler.exchange import Inbox, Incoming
 from pagetier.handler.messages import RequestOutput, StatsReply
 from pagetier.handler.openai_api import OpenAIApi
 from pagetier.handler.pump import (
@@ -16,8 +17,6 @@ from pagetier.handler.pump import (
     REQUESTS_PER_QUIET_TICK,
     STATS_SECONDS,
     TOUCH_SECONDS,
-    Inbox,
-    Incoming,
     Pump,
 )
 from pagetier.handler.tokenizer import Tokenizer

@@ -11,9 +11,10 @@ from support.tokenizers import TOOL_TEMPLATE, byte_level_tokenizer
 
 from pagetier.handler import pump
 from pagetier.handler.config import EngineConfig
+from pagetier.handler.exchange import Inbox
 from pagetier.handler.messages import RequestOutput
 from pagetier.handler.openai_api import OpenAIApi
-from pagetier.handler.pump import Inbox, Pump
+from pagetier.handler.pump import Pump
 from pagetier.handler.service import PagetierHandler
 from pagetier.handler.tokenizer import Tokenizer
 
