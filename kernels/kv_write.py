@@ -94,43 +94,43 @@ def _write_kernel(
         is_written = (slot >= 0) & (head < kv_heads)
         block = slot // BLOCK_SIZE
         offset = slot % BLOCK_SIZE
-        mask = is_written[:, None] & (key_dim < KEY_DIM)[None, :]
+        key_mask = is_written[:, None] & (key_dim < KEY_DIM)[None, :]
         key = _load_rows(
-            key_ptr, token * key_stride_token + head * key_stride_head, key_dim, mask,
+            key_ptr, token * key_stride_token + head * key_stride_head, key_dim, key_mask,
             cos_ptr, sin_ptr, token * cos_stride, token * sin_stride, ROTARY_DIM, INTERLEAVED,
         )  # fmt: skip
         _store_rows(
             k_ptr, block * k_stride_block + head * k_stride_head + offset * k_stride_slot,
-            key_dim, mask, key, k_scale_ptr,
+            key_dim, key_mask, key, k_scale_ptr,
             block * k_scale_stride_block + head * k_scale_stride_head
             + offset * k_scale_stride_slot,
             is_written, K_KIND,
         )  # fmt: skip
         value_dim = tl.arange(0, VALUE_DIM_PADDED)
-        mask = is_written[:, None] & (value_dim < VALUE_DIM)[None, :]
+        value_mask = is_written[:, None] & (value_dim < VALUE_DIM)[None, :]
         value = _load_rows(
-            value_ptr, token * value_stride_token + head * value_stride_head, value_dim, mask,
+            value_ptr, token * value_stride_token + head * value_stride_head, value_dim, value_mask,
             cos_ptr, sin_ptr, token, token, 0, False,
         )  # fmt: skip
         _store_rows(
             v_ptr, block * v_stride_block + head * v_stride_head + offset * v_stride_slot,
-            value_dim, mask, value, v_scale_ptr,
+            value_dim, value_mask, value, v_scale_ptr,
             block * v_scale_stride_block + head * v_scale_stride_head
             + offset * v_scale_stride_slot,
             is_written, V_KIND,
         )  # fmt: skip
     else:
         head = (tile - KV_TILES) * HEADS + row % HEADS
-        mask = (exists & (head < num_heads))[:, None] & (key_dim < KEY_DIM)[None, :]
+        q_mask = (exists & (head < num_heads))[:, None] & (key_dim < KEY_DIM)[None, :]
         q = _load_rows(
-            q_ptr, token * q_stride_token + head * q_stride_head, key_dim, mask,
+            q_ptr, token * q_stride_token + head * q_stride_head, key_dim, q_mask,
             cos_ptr, sin_ptr, token * cos_stride, token * sin_stride, ROTARY_DIM, INTERLEAVED,
         )  # fmt: skip
         if IN_PLACE:
             tl.debug_barrier()
         place = token * out_stride_token + head * out_stride_head
         tl.store(
-            out_ptr + place[:, None] + key_dim[None, :], q.to(out_ptr.dtype.element_ty), mask=mask
+            out_ptr + place[:, None] + key_dim[None, :], q.to(out_ptr.dtype.element_ty), mask=q_mask
         )
 
 
