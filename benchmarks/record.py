@@ -48,3 +48,9 @@ def save(name: str, result: dict[str, Any], folder: pathlib.Path | None = None) 
     content = {"benchmark": name, "date": date, "machine": machine(), **result}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def load(name: str, folder: pathlib.Path | None = None) -> dict[str, Any] | None:
+    """What ``save`` wrote last under that name, or None."""
+    path = (folder or RESULTS) / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None

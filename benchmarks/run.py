@@ -499,6 +499,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="fewer rounds, and smaller where that says as much"
     )
     parser.add_argument("--quiet", action="store_true", help="tables only")
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="add the rounds to those in the JSON, if that has the same flags and machine: so a "
+        "long measurement can be made in pieces",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON")
     args = parser.parse_args(arguments)
     args.engine = args.engine or ["pagetier", "hf-generate", "hf-continuous"]
@@ -506,6 +512,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# Flags that say nothing of what is measured.
+_HOW_TO_RUN = ("workload", "quiet", "append", "out")
 # What --quick changes for one workload beside the number of rounds.
 _QUICK: dict[str, dict[str, Any]] = {
     "throughput": {"rounds": 1},
@@ -519,11 +527,31 @@ _QUICK: dict[str, dict[str, Any]] = {
 }
 
 
+def _join(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The results of two runs with the same flags as one of all their rounds.
+
+    Raises:
+        SystemExit: their flags or machines differ.
+    """
+    rounds = [run["flags"].pop("rounds") for run in (earlier, result)]
+    if earlier["flags"] != result["flags"] or earlier["machine"] != record.machine():
+        raise SystemExit("The earlier JSON is of other flags or another machine; --append cannot.")
+    return {
+        "flags": {**result["flags"], "rounds": sum(rounds)},
+        "busy_before_percent": earlier["busy_before_percent"] + result["busy_before_percent"],
+        "seconds": earlier["seconds"] + result["seconds"],
+        "results": [
+            tables.join(old, new)
+            for old, new in zip(earlier["results"], result["results"], strict=True)
+        ],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status."""
     args = parse(arguments)
     names = list(WORKLOADS) if args.workload == "all" else [args.workload]
-    flags = {k: v for k, v in vars(args).items() if k not in ("out", "quiet", "workload")}
+    flags = {k: v for k, v in vars(args).items() if k not in _HOW_TO_RUN}
     with tempfile.TemporaryDirectory() as folder, Bench(args, pathlib.Path(folder)) as bench:
         for name in names:
             changes = _QUICK.get(name, {}) if args.quick else {}
@@ -538,11 +566,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{tables.text(rows)}\n({seconds:.0f} s)\n", flush=True)
             result = {
                 "flags": {**flags, **changes},
-                "busy_before_percent": busy,
+                "busy_before_percent": [busy],
                 "seconds": seconds,
                 "results": rows,
             }
-            record.save(name.replace("-", "_"), result, args.out)
+            stem = name.replace("-", "_")
+            if args.append and (earlier := record.load(stem, args.out)) is not None:
+                result = _join(earlier, result)
+                print(f"with earlier rounds:\n{tables.text(result['results'])}\n", flush=True)
+            record.save(stem, result, args.out)
     return 0
 
 

@@ -25,6 +25,14 @@ def ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     return summary([value / other for value, other in zip(values, others, strict=True)])
 
 
+def join(row: Row, later: Row) -> Row:
+    """One row of two of the same thing: summaries of all values, and else what came later."""
+    return {
+        name: summary(row[name]["values"] + value["values"]) if isinstance(value, dict) else value
+        for name, value in later.items()
+    }
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which ``share`` of ``values`` lie, interpolated; ``values`` is not empty."""
     ordered = sorted(values)

@@ -65,6 +65,25 @@ def test_summary_keeps_all_values_and_ratios_are_taken_in_pairs(benchmarks):
     assert tables.percentile([7.0], 0.99) == 7.0
 
 
+def test_pieces_of_a_measurement_are_joined_if_they_measure_the_same(benchmarks):
+    def piece(rates, shape="tiny"):
+        return {
+            "machine": benchmarks.record.machine(),
+            "flags": {"shape": shape, "rounds": len(rates)},
+            "busy_before_percent": [1.0],
+            "seconds": 10.0,
+            "results": [{"engine": "a", "tokens/s": benchmarks.tables.summary(rates), "num": 3}],
+        }
+
+    joined = benchmarks.run._join(piece([3.0, 1.0]), piece([5.0]))
+    assert joined["flags"] == {"shape": "tiny", "rounds": 3}
+    assert (joined["busy_before_percent"], joined["seconds"]) == ([1.0, 1.0], 20.0)
+    [row] = joined["results"]
+    assert (row["engine"], row["num"], row["tokens/s"]["values"]) == ("a", 3, [3.0, 1.0, 5.0])
+    with pytest.raises(SystemExit, match="other flags"):
+        benchmarks.run._join(piece([1.0]), piece([1.0], shape="llama-134m"))
+
+
 def test_tables_show_intervals_and_leave_missing_figures_empty(benchmarks):
     rows = [
         {"engine": "a", "rate": benchmarks.tables.summary([1.0, 2.0, 3.0])},
