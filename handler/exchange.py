@@ -34,7 +34,7 @@ class Incoming(NamedTuple):
     client_id: str = ""
 
 
-class Reply(msgspec.Struct, frozen=True):
+class Reply(msgspec.Struct, frozen=True, gc=False):
     """What to send for the request at ``index`` of an exchange.
 
     ``last``: True ends a response that was opened before, False leaves it open, None says that

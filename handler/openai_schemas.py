@@ -253,7 +253,7 @@ def read_body(body: Any, kind: type[_T]) -> _T:
     """``body`` as ``kind``; raises ``InvalidRequest`` with one sentence that names the field."""
     if not isinstance(body, dict):
         raise InvalidRequest(f"The body must be a JSON object, not {_json_type(body)}.")
-    known = {field.name for field in msgspec.structs.fields(kind)}
+    known = kind.__struct_fields__
     kept, unknown = {}, []
     for key, value in body.items():
         if key in known:

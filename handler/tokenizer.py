@@ -436,7 +436,7 @@ class StopChecker:
 # --- one request's output --------------------------------------------------------------------
 
 
-class OutputDelta(msgspec.Struct):
+class OutputDelta(msgspec.Struct, gc=False):
     """What a request gained: text safe to show, and the tokens behind it.
 
     ``finish_reason`` is None while the request goes on; ``stop_reason`` is then the stop string or
