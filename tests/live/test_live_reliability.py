@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.live import NAME, live_server, wait_for
-from support.load import PROMPTS, Client, Leaver, Load
+from support.live import MODEL_FOLDER, NAME, SETTINGS, live_server, wait_for
+from support.load import FULL, PROMPTS, Client, Leaver, Load
 from support.memory import MemoryWatch, growth
 
 pytestmark = [pytest.mark.live, pytest.mark.xdist_group("reliability")]
@@ -47,8 +47,8 @@ def check_idle(server):
     assert stats["num_gpu_blocks_free"] == stats["num_gpu_blocks"]
 
 
-def write_result(name, **result):
-    """Write a result where it is wanted, with the machine and the versions."""
+def write_result(name, *rows):
+    """Add rows to a result where they are wanted, for ``benchmarks.report`` to show."""
     folder = os.environ.get("PAGETIER_RESULTS")
     if not folder:
         return
@@ -59,23 +59,27 @@ def write_result(name, **result):
     finally:
         if root in sys.path:
             sys.path.remove(root)
-    record.save(name, {"seed": SEED, **result}, Path(folder))
+    earlier = record.load(name, Path(folder)) or {"results": []}
+    flags = {"shape": MODEL_FOLDER.name, "dtype": SETTINGS["dtype"], "rounds": 1}
+    result = {"flags": flags, "results": [*earlier["results"], *rows]}
+    record.save(name, result, Path(folder))
 
 
-def spread(seconds):
-    """Median and highest of some times, for a result."""
-    return {"num": len(seconds), "median_s": statistics.median(seconds), "max_s": max(seconds)}
+def spread(values):
+    """Median, lowest and highest, as ``benchmarks.tables`` shows them."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def test_every_client_is_answered_whatever_is_killed(server):
     rng = random.Random(SEED)
     recoveries = {"engine": [], "worker": []}
+    victims = [name for name in recoveries for _ in range(NUM_KILLS // 2)]
+    rng.shuffle(victims)
     load = Load(Client(server), num_threads=8)
     with load.running():
         wait_for(lambda: load.has_answered_since(0), 30.0, "nobody is answered")
-        for number in range(NUM_KILLS):
+        for number, name in enumerate(victims):
             time.sleep(rng.uniform(0.0, 0.5))
-            name = rng.choice(sorted(recoveries))
             victim = server.engine() if name == "engine" else server.worker()
             killed = time.monotonic()
             victim.kill()
@@ -88,10 +92,15 @@ def test_every_client_is_answered_whatever_is_killed(server):
             )
     load.check()
     assert len(server.server.worker_pids) == 1
+    counts = load.counts
     write_result(
         "reliability_kills",
-        answers=load.counts,
-        until_answered_again={name: spread(times) for name, times in recoveries.items() if times},
+        {
+            **{f"{name} killed, times": len(times) for name, times in recoveries.items()},
+            "full answers": counts.pop(FULL),
+            "clear errors": sum(counts.values()),
+            "s until answered again": spread([t for times in recoveries.values() for t in times]),
+        },
     )
 
 
@@ -122,7 +131,8 @@ def test_clients_that_leave_midway_hold_no_block_a_second_later(server):
             delays.append(time.monotonic() - left)
     assert max(delays) < 1.0, sorted(delays)[-10:]
     write_result(
-        "reliability_leavers", num_clients=num_left, until_all_blocks_are_back=spread(delays)
+        "reliability_leavers",
+        {"clients that left": num_left, "s until all blocks were back": spread(delays)},
     )
 
 
@@ -170,11 +180,17 @@ def test_memory_stays_flat_under_mixed_load(server):
     grown = {name: growth(samples) for name, samples in watch.samples.items()}
     write_result(
         "reliability_soak",
-        minutes=SOAK_MINUTES,
-        answers=load.counts,
-        grown_mib={name: round(value / MIB, 2) for name, value in grown.items()},
-        allowed_mib={name: value / MIB for name, value in MAX_GROWTH.items()},
-        last_mib={name: round(s[-1][1] / MIB, 1) for name, s in watch.samples.items()},
+        *(
+            {
+                "process": name,
+                "minutes": SOAK_MINUTES,
+                "answers": sum(load.counts.values()),
+                "MiB at the end": watch.samples[name][-1][1] / MIB,
+                "MiB grown after warming up": value / MIB,
+                "MiB allowed": MAX_GROWTH[name] / MIB,
+            }
+            for name, value in grown.items()
+        ),
     )
     assert load.counts.keys() == {"full"}, load.counts
     assert all(grown[name] < MAX_GROWTH[name] for name in grown), grown
