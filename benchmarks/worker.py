@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -54,6 +55,7 @@ class Worker:
         model: folder of the model.
         options: of the engine.
         num_threads: of torch; 0 leaves it to torch.
+        started: called with this object once the process runs, before the model is loaded.
 
     Attributes:
         loaded: the memory it takes with the model loaded.
@@ -64,7 +66,13 @@ class Worker:
     """
 
     def __init__(
-        self, engine: str, model: pathlib.Path, options: dict[str, Any], num_threads: int = 0
+        self,
+        engine: str,
+        model: pathlib.Path,
+        options: dict[str, Any],
+        num_threads: int = 0,
+        *,
+        started: Callable[["Worker"], None] | None = None,
     ) -> None:
         ours, theirs = os.pipe()
         self._engine = engine
@@ -83,6 +91,8 @@ class Worker:
         )
         os.close(theirs)
         self._replies = os.fdopen(ours, "rb")
+        if started is not None:
+            started(self)
         try:
             self.loaded = self._ask(Start(engine, str(model), options))
         except BaseException:
@@ -109,6 +119,10 @@ class Worker:
                 f"{self._engine} generated {wrong[0][0]} tokens where {wrong[0][1]} were asked for."
             )
         return result
+
+    def kill(self) -> None:
+        """End the process by force, from any thread; whoever waits for it gets a WorkerError."""
+        self._process.kill()
 
     def close(self) -> None:
         """End the process."""

@@ -112,6 +112,7 @@ def _trace(
 
     The graph takes all weights, then the inputs of a ``Forward``.
     """
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.source import ConstantSource
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -151,7 +152,8 @@ def _trace(
     fake_weights = [mode.from_tensor(weight, static_shapes=True) for weight in weights]
     token_ids = symbolic("token_ids", 1, _TYPICAL_TOKENS)
     kept_tokens = symbolic("kept_tokens", _TYPICAL_ROWS)
-    with mode:
+    # The dispatcher in Python, since some operators' parts in C++ take no symbols.
+    with enable_python_dispatcher(), mode:
         positions = torch.empty_like(token_ids)  # of the same symbolic length
         inputs = [*fake_weights, token_ids, positions, kept_tokens]
         try:
