@@ -32,6 +32,9 @@ GRAMMAR_TITLE = "// tool calls"
 
 # As templates write JSON, which is what models were trained on.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Of JSON schemas: what changes nothing about values, and what holds schemas by names of its own.
+_NOTES = frozenset(("title", "description", "default", "examples", "$comment"))
+_MAPS_OF_SCHEMAS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _SPACE = " \t\n\r"
 # Keys of an object that may be a call; ``type`` and ``id`` say nothing of it.
 _ARGUMENT_KEYS = ("arguments", "parameters")
@@ -155,7 +158,7 @@ def grammar_of(
         answer: a JSON schema that the output may keep to instead of being calls.
 
     Raises:
-        InvalidRequest: a schema sets options of llguidance.
+        InvalidRequest: a schema sets options of llguidance, or is nested too deeply.
     """
 
     def literal(text: str) -> str:
@@ -172,7 +175,12 @@ def grammar_of(
             raise InvalidRequest(
                 "A tool's parameters may not set x-guidance options; leave them out.", param="tools"
             )
-        text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+        try:
+            text = json.dumps({**_without_notes(schema), "x-guidance": _JSON_OPTIONS})
+        except RecursionError:
+            raise InvalidRequest(
+                "A tool's parameters are nested too deeply.", param="tools"
+            ) from None
         # Outside of texts JSON has neither: so nothing in a schema looks like another syntax.
         return text.replace("%", "\\u0025").replace("::", ":\\u003a")
 
@@ -195,6 +203,21 @@ def grammar_of(
         start_rule += " | answer"
         rules.append(f"answer: %json {schema_of(json.loads(answer))}")
     return "\n".join([GRAMMAR_TITLE, start_rule, f"call: {' | '.join(calls)}", *rules])
+
+
+def _without_notes(schema: Any) -> Any:
+    """A JSON schema without what it says to readers only, often the larger part of it."""
+    if isinstance(schema, list):
+        return [_without_notes(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
+            kept[key] = {name: _without_notes(inner) for name, inner in value.items()}
+        elif key not in _NOTES:
+            kept[key] = value if key in ("const", "enum") else _without_notes(value)
+    return kept
 
 
 # --- finding calls in text -------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 import json
 
+import msgspec
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from support.tokenizers import TOOL_TEMPLATE, byte_level_tokenizer
 
+from pagetier.handler import openapi
 from pagetier.handler.errors import InvalidRequest
 from pagetier.handler.messages import RequestOutput, TokenLogprobs
 from pagetier.handler.openai_api import OpenAIApi
@@ -164,7 +166,7 @@ def test_wrong_tools_are_refused_with_the_reason(api, body, param, message):
 
 
 def test_parameters_that_are_too_large_are_refused():
-    tool = {"function": {"name": "f", "parameters": {"title": "b" * 70000}}}
+    tool = {"function": {"name": "f", "parameters": {"required": ["b" * 70000]}}}
     api = make_api(max_model_len=100000)
     with pytest.raises(InvalidRequest, match="at most 65536 are allowed") as caught:
         ask(api, tools=[tool], tool_choice="required")
@@ -252,6 +254,7 @@ def joined(chunks):
     content, calls, reason = "", {}, None
     for chunk in chunks:
         ChatCompletionChunk.model_validate_json(json.dumps(chunk), strict=True)
+        msgspec.convert(chunk, openapi.ChatCompletionChunk)
         for choice in chunk["choices"]:
             content += choice["delta"].get("content") or ""
             for delta in choice["delta"].get("tool_calls", []):
@@ -271,6 +274,7 @@ def test_calls_come_whole_and_streamed_alike(api, size, options):
     text = f"Let me see.\n{CALL}{SECOND}"
     body = say(ask(api, **options), text, size=size)
     ChatCompletion.model_validate_json(json.dumps(body), strict=True)
+    msgspec.convert(body, openapi.ChatCompletion)
     choice = body["choices"][0]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] == "Let me see."

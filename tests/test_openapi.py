@@ -8,11 +8,19 @@ import msgspec
 import pytest
 from openai.types import Completion, Model
 from openai.types import completion_create_params as completion_params
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionFunctionToolParam,
+    ChatCompletionMessageFunctionToolCallParam,
+    ChatCompletionNamedToolChoiceParam,
+    ChatCompletionToolMessageParam,
+)
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_stream_options_param import (
     ChatCompletionStreamOptionsParam,
 )
+from openai.types.shared_params import FunctionDefinition
 from support.tokenizers import byte_level_tokenizer
 
 from pagetier.handler import openapi
@@ -24,8 +32,13 @@ from pagetier.handler.openai_schemas import (
     HARMLESS,
     NOT_SUPPORTED_YET,
     ChatBody,
+    ChatMessage,
     CompletionBody,
+    Function,
+    MessageToolCall,
+    NamedToolChoice,
     StreamOptions,
+    Tool,
 )
 from pagetier.handler.tokenizer import Tokenizer
 
@@ -67,6 +80,11 @@ def test_description_refers_to_nothing_that_is_missing():
         (chat_params.CompletionCreateParamsBase, ChatBody),
         (chat_params.CompletionCreateParamsStreaming, ChatBody),
         (ChatCompletionStreamOptionsParam, StreamOptions),
+        (ChatCompletionFunctionToolParam, Tool),
+        (FunctionDefinition, Function),
+        (ChatCompletionNamedToolChoiceParam, NamedToolChoice),
+        (ChatCompletionMessageFunctionToolCallParam, MessageToolCall),
+        (ChatCompletionToolMessageParam, ChatMessage),
     ],
 )
 def test_every_field_of_openais_requests_is_known(theirs, ours):

@@ -297,6 +297,31 @@ def test_marks_that_are_special_tokens_are_named_by_their_ids(tokenizer):
     assert kept(tokenizer, grammar, "[TOOL_CALLS]")[1] is None
 
 
+def test_notes_of_a_schema_take_no_room_in_the_grammar(tokenizer):
+    schema = {
+        "title": "T",
+        "description": "long " * 99,
+        "type": "object",
+        "properties": {
+            "title": {"type": "integer", "description": "a property of that name"},
+            "kind": {"const": {"title": "t"}},
+        },
+        "required": ["title", "kind"],
+    }
+    grammar = grammar_of(LLAMA, {"f": schema}, several=False, special_tokens={})
+    assert "long" not in grammar
+    text = '{"name": "f", "parameters": {"title": 3, "kind": {"title": "t"}}}'
+    assert kept(tokenizer, grammar, text) == (text, True)
+
+
+def test_schema_that_is_nested_too_deeply_is_refused():
+    schema: dict = {}
+    for _ in range(3000):
+        schema = {"properties": {"a": schema}}
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        grammar_of(HERMES, {"f": schema}, several=False, special_tokens={})
+
+
 def test_what_cannot_be_kept_to_is_said_of_the_tools(tokenizer):
     with pytest.raises(InvalidRequest, match="x-guidance"):
         grammar_of(HERMES, {"f": {"x-guidance": {}}}, several=False, special_tokens={})
