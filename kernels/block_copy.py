@@ -38,7 +38,8 @@ _HOST_NUM_WARPS = 16
 _HOST_PROGRAMS = 4
 # Programs that fill a device; each then takes several pieces.
 _MAX_PROGRAMS = 1 << 16
-# What a program of _copy_blocks_kernel holds, and for up to how many pairs kernels are compiled.
+# What a program of _copy_blocks_kernel holds at best, and for up to how many pairs kernels are
+# compiled.
 _COLUMN_BYTES = 65536
 _NUM_PAIRS = (16, 128, 1024)
 _COLUMN_NUM_WARPS = 16
@@ -108,7 +109,9 @@ def copy_blocks(pages: torch.Tensor, pairs: torch.Tensor | Sequence[tuple[int, i
         return
     (words,), strides, num_vectors, vector = _in_vectors(pages)
     padded = next(count for count in _NUM_PAIRS if num_pairs <= count)
-    column = _COLUMN_BYTES // padded // words.itemsize
+    # Narrower words take as many registers each, so a program takes fewer of their bytes.
+    vector_bytes = vector * words.itemsize
+    column = _COLUMN_BYTES * vector_bytes // _VECTOR_BYTES // padded // words.itemsize
     _copy_blocks_kernel[(triton.cdiv(num_vectors * vector, column),)](
         words, pairs, strides[0], num_vectors, num_pairs,
         VECTOR=vector, PAIRS=padded, COLUMN=column, num_warps=_COLUMN_NUM_WARPS,
