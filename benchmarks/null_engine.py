@@ -8,13 +8,18 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.kv_cache_manager import KVCacheManager
+from pagetier.handler.logit_rules import LogitRules
 from pagetier.handler.messages import AddRequest, RequestOutput
+from pagetier.handler.model_runner import Sampling
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.step import StepPlan, StepResult
+from pagetier.handler.step_inputs import StepReader
 from pagetier.offload.cost_model import CostModel
 from pagetier.offload.transfer import Completion
 
@@ -34,8 +39,17 @@ class _NullHandle:
 
 
 class _NullRunner:
+    """Reads plans as the real one does, and runs nothing."""
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
+        self._reader = StepReader(max_num_seqs, max_blocks, block_size)
+        self._rules = LogitRules(max_num_seqs, _VOCAB_SIZE, torch.device("cpu"))
+
     def launch(self, plan: StepPlan) -> _NullHandle:
-        return _NullHandle(sum(share.samples for share in plan.scheduled))
+        self._reader.read(plan)
+        samples = [share for share in plan.scheduled if share.samples]
+        Sampling.of(samples, self._rules.read(samples))
+        return _NullHandle(len(samples))
 
     def close(self) -> None:
         pass
@@ -56,7 +70,7 @@ class _NullLink:
 
 
 def step_milliseconds(num_sequences: int, num_steps: int = 300) -> list[float]:
-    """Duration of each step of ``num_sequences`` running sequences, everything but the model."""
+    """Duration of each step of ``num_sequences`` decoding sequences, everything but the device."""
     block_size, prompt_len = 16, 64
     config = EngineConfig.create({
         "model": "none",
@@ -64,7 +78,8 @@ def step_milliseconds(num_sequences: int, num_steps: int = 300) -> list[float]:
         "max_num_batched_tokens": num_sequences * prompt_len,
         "block_size": block_size,
     })  # fmt: skip
-    num_blocks = num_sequences * (prompt_len + num_steps + 64) // block_size
+    per_sequence = (prompt_len + num_steps + 64) // block_size + 1
+    num_blocks = num_sequences * per_sequence
     cost = CostModel(
         token_bytes=1,
         block_bytes=block_size,
@@ -74,8 +89,9 @@ def step_milliseconds(num_sequences: int, num_steps: int = 300) -> list[float]:
         attention_dim=1,
     )
     manager = KVCacheManager(num_blocks, 0, block_size)
-    scheduler = Scheduler(config, manager, cost, num_blocks * block_size)
-    core = EngineCore(scheduler, _NullRunner(), _NullLink(), vocab_size=_VOCAB_SIZE)
+    scheduler = Scheduler(config, manager, cost, per_sequence * block_size)
+    runner = _NullRunner(num_sequences, per_sequence, block_size)
+    core = EngineCore(scheduler, runner, _NullLink(), vocab_size=_VOCAB_SIZE)
     params = SamplingParams(temperature=0, max_tokens=num_steps + 32, ignore_eos=True)
     for index in range(num_sequences):
         prompt = [(index * 7 + i) % _VOCAB_SIZE for i in range(prompt_len)]

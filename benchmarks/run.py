@@ -380,7 +380,8 @@ def memory(bench: Bench) -> list[Row]:
 
 def overhead(bench: Bench) -> list[Row]:
     """What the engine costs beside the model: planning, and a step outside the forward pass."""
-    milliseconds = null_engine.step_milliseconds(256)
+    counts = (1, 64, 256, 1024)
+    milliseconds = {count: null_engine.step_milliseconds(count) for count in counts}
     shape = bench.args.shape
     [variant] = bench.available(shape, [Variant.of("pagetier", "pagetier")])
     shares = []
@@ -388,11 +389,14 @@ def overhead(bench: Bench) -> list[Row]:
         requests = workloads.equal(32, 16, 48, f"overhead {round_}")
         shares.append(bench.worker(shape, variant).run(requests).stats["outside_forward"])
     return [
-        {
-            "what": "a step of 256 running sequences with a model that does nothing, ms",
-            "median": tables.percentile(milliseconds, 0.5),
-            "99 %": tables.percentile(milliseconds, 0.99),
-        },
+        *(
+            {
+                "what": f"a decode of {count} sequences with a device that does nothing, ms",
+                "median": tables.percentile(durations, 0.5),
+                "99 %": tables.percentile(durations, 0.99),
+            }
+            for count, durations in milliseconds.items()
+        ),
         {
             "what": "time outside the model's forward pass, 32 decoding sequences, %",
             "median": 100 * tables.percentile(shares, 0.5),

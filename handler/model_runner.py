@@ -53,12 +53,12 @@ Caches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampling:
+class Sampling:
     """How a step's tokens are chosen, as the host knows it.
 
     Attributes:
         rows: of the sampling sequences, int64 ``(samples,)``.
-        settings: of each sample.
+        settings: of each sample; None if each is the most likely token, and no more is asked.
         num_logprobs: what each sample asked for.
         rules: changes of the logits.
         masked_samples: which samples keep to a grammar, int64 ``(masks,)``.
@@ -67,22 +67,26 @@ class _Sampling:
     """
 
     rows: npt.NDArray[np.int64]
-    settings: RowSettings
+    settings: RowSettings | None
     num_logprobs: list[int | None]
     rules: HostRules | None
     masked_samples: npt.NDArray[np.int64]
     masks: npt.NDArray[np.int32]
 
     @classmethod
-    def of(cls, samples: Sequence[ScheduledSequence], rules: HostRules | None) -> "_Sampling":
+    def of(cls, samples: Sequence[ScheduledSequence], rules: HostRules | None) -> "Sampling":
         """Read the settings of a step's sampling sequences."""
+        rows = np.array([s.sequence.row for s in samples], dtype=np.int64)
+        if rules is None and all(_is_plain(s.sequence) for s in samples):
+            nothing = np.zeros((0, 0), dtype=np.int32)
+            return cls(rows, None, [None] * len(samples), None, rows[:0], nothing)
         masks = [
             (index, s.sequence.constraint.mask)
             for index, s in enumerate(samples)
             if s.sequence.constraint is not None
         ]
         return cls(
-            rows=np.array([s.sequence.row for s in samples], dtype=np.int64),
+            rows=rows,
             settings=RowSettings.of(
                 [s.sequence.params for s in samples],
                 [s.sequence.seed for s in samples],
@@ -96,16 +100,11 @@ class _Sampling:
             ),
         )
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether every token is the most likely one, and no more is asked."""
-        settings = self.settings
-        return (
-            settings.all_greedy
-            and settings.num_logprobs is None
-            and self.rules is None
-            and not len(self.masks)
-        )
+
+def _is_plain(sequence: EngineSequence) -> bool:
+    """Whether its next token is the model's most likely one, and no more is asked."""
+    params = sequence.params
+    return params.temperature == 0 and params.logprobs is None and sequence.constraint is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ class _Batch:
     """A step as the host read it."""
 
     inputs: StepInputs
-    sampling: _Sampling
+    sampling: Sampling
 
     @property
     def prompt_wishes(self) -> list[tuple[int, int]]:
@@ -261,7 +260,7 @@ class ModelRunner:
         """Start a step and return at once; see ``Runner``."""
         inputs = self._reader.read(plan)
         samples = [share for share in plan.scheduled if share.samples]
-        batch = _Batch(inputs, _Sampling.of(samples, self._rules.read(samples)))
+        batch = _Batch(inputs, Sampling.of(samples, self._rules.read(samples)))
         if not self._runs_in_graph(inputs) and inputs.flat is None:
             flat = self._reader.flat(plan, inputs)
             batch = dataclasses.replace(batch, inputs=dataclasses.replace(inputs, flat=flat))
@@ -327,7 +326,7 @@ class ModelRunner:
         samples = [share for share in plan.scheduled if share.samples]
         flat = flat_of(plan, self._layout.block_size)
         logits = self._forward(flat, scratch)
-        self._choose(logits, flat, _Sampling.of(samples, None))
+        self._choose(logits, flat, Sampling.of(samples, None))
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_allocated(self._device) - before
 
@@ -368,9 +367,9 @@ class ModelRunner:
         self._rows.last_token_ids.index_copy_(0, sampled_rows, outputs.sampled.token_ids)
         return outputs
 
-    def _sample_decode(self, decode: DecodeOutputs, sampling: _Sampling) -> _Outputs:
+    def _sample_decode(self, decode: DecodeOutputs, sampling: Sampling) -> _Outputs:
         """The tokens of a decode in a graph: greedy ones are chosen already."""
-        if sampling.is_plain:
+        if sampling.settings is None:
             return _Outputs(SamplerOutput(decode.token_ids), None)
         (rows,) = upload([sampling.rows], self._device)
         # Rules look at the last tokens, in whose place the greedy ones are.
@@ -379,7 +378,7 @@ class ModelRunner:
         self._rows.last_token_ids.index_copy_(0, rows, sampled.token_ids)
         return _Outputs(sampled, None)
 
-    def _choose(self, logits: torch.Tensor, flat: FlatBatch, sampling: _Sampling) -> _Outputs:
+    def _choose(self, logits: torch.Tensor, flat: FlatBatch, sampling: Sampling) -> _Outputs:
         """Sample from the logits of a flat batch, and score its prompts."""
         num_samples = len(flat.sampled_tokens)
         prompts = None
@@ -389,8 +388,10 @@ class ModelRunner:
             prompts = score(logits[num_samples:], targets, num_top)
         return _Outputs(self._sample(logits[:num_samples], sampling), prompts)
 
-    def _sample(self, logits: torch.Tensor, sampling: _Sampling) -> SamplerOutput:
+    def _sample(self, logits: torch.Tensor, sampling: Sampling) -> SamplerOutput:
         """Choose a token for each row of logits, as its request wants it."""
+        if sampling.settings is None:
+            return SamplerOutput(kernels.greedy_tokens(logits))
         (settings,) = upload([sampling.settings.packed()], self._device)
         if sampling.rules is None and not len(sampling.masks):
             return sample(logits, sampling.settings, settings)

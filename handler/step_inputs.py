@@ -7,6 +7,7 @@ nothing of torch, devices, logits or how a step is run.
 """
 
 import dataclasses
+from collections.abc import Sequence as AbcSequence
 
 import numpy as np
 import numpy.typing as npt
@@ -113,38 +114,78 @@ class StepReader:
         self._num_computed = np.full(max_num_seqs, -1, dtype=np.int64)
         self._owners: list[Sequence | None] = [None] * max_num_seqs
         self._epochs = [-1] * max_num_seqs
+        # Of the last step, if it was a decode: whom it had, and what was read of it.
+        self._members: list[tuple[Sequence, int]] = []
+        self._last: StepInputs | None = None
 
     def read(self, plan: StepPlan) -> StepInputs:
         """Everything that the step needs from its sequences, which change afterwards."""
+        assert plan.scheduled, f"step {plan.step_id} has nothing to run"
+        members = [(s.sequence, s.sequence.num_preemptions) for s in plan.scheduled]
+        is_decode = all(
+            s.num_tokens == 1 and s.samples and not s.prompt_logprobs[1] for s in plan.scheduled
+        )
+        inputs = None
+        if is_decode and not plan.block_copies and members == self._members:
+            inputs = self._read_next(plan)
+        if inputs is None:
+            inputs = self._read_any(plan, is_decode)
+        self._members, self._last = (members, inputs) if is_decode else ([], None)
+        return inputs
+
+    def _read_next(self, plan: StepPlan) -> StepInputs | None:
+        """A decode of the same sequences as the one before, which has changed least.
+
+        None if it is not the step that follows.
+        """
+        scheduled, last = plan.scheduled, self._last
+        assert last is not None
+        starts = last.ends
+        if [s.start for s in scheduled] != starts.tolist():
+            return None
+        blocks = []
+        # A table can only have changed where a block begins: copies of blocks are told of.
+        for index in np.flatnonzero(starts % self._block_size == 0).tolist():
+            sequence = scheduled[index].sequence
+            column = int(starts[index]) // self._block_size
+            block = sequence.block_tables[0][column]
+            self._tables[sequence.row, column] = block
+            blocks.append((sequence.row, column, block))
+        self._num_computed[last.rows] += 1
+        return StepInputs(
+            rows=last.rows,
+            changes=RowChanges(
+                blocks=_table(blocks, 3), lengths=_table([], 2), tokens=_known_tokens(scheduled)
+            ),
+            is_decode=True,
+            starts=starts,
+            lens=last.lens,
+            flat=None,
+            block_copies=_table([], 2),
+        )
+
+    def _read_any(self, plan: StepPlan, is_decode: bool) -> StepInputs:
+        """Any step."""
         scheduled = plan.scheduled
-        assert scheduled, f"step {plan.step_id} has nothing to run"
         rows = np.array([s.sequence.row for s in scheduled], dtype=np.int64)
         assert rows.min() >= 0, "a scheduled sequence has no row"
         starts = np.array([s.start for s in scheduled], dtype=np.int64)
         lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
         blocks = self._changed_blocks(scheduled)
-        tokens = [
-            (s.sequence.row, s.sequence.token_ids[s.start])
-            for s in scheduled
-            if s.num_tokens == 1 and s.start < len(s.sequence.token_ids)
-        ]
         moved = np.flatnonzero(self._num_computed[rows] != starts)
         self._num_computed[rows] = starts + lens
-        is_decode = all(
-            s.num_tokens == 1 and s.samples and not s.prompt_logprobs[1] for s in scheduled
-        )
         inputs = StepInputs(
             rows=rows,
             changes=RowChanges(
-                blocks=np.array(blocks, dtype=np.int64).reshape(-1, 3),
+                blocks=_table(blocks, 3),
                 lengths=np.stack([rows[moved], starts[moved]], axis=1),
-                tokens=np.array(tokens, dtype=np.int64).reshape(-1, 2),
+                tokens=_known_tokens(scheduled),
             ),
             is_decode=is_decode,
             starts=starts,
             lens=lens,
             flat=None,
-            block_copies=np.array(plan.block_copies, dtype=np.int64).reshape(-1, 2),
+            block_copies=_table(plan.block_copies, 2),
         )
         return inputs if is_decode else dataclasses.replace(inputs, flat=self.flat(plan, inputs))
 
@@ -179,6 +220,20 @@ class StepReader:
                     tables[row, index] = table[index]
                     changed.append((row, index, table[index]))
         return changed
+
+
+def _known_tokens(scheduled: list[ScheduledSequence]) -> Int64Array:
+    """(row, token) of single new tokens that the host knows."""
+    known = [
+        (s.sequence.row, s.sequence.token_ids[s.start])
+        for s in scheduled
+        if s.num_tokens == 1 and s.start < len(s.sequence.token_ids)
+    ]
+    return _table(known, 2)
+
+
+def _table(rows: AbcSequence[tuple[int, ...]], num_columns: int) -> Int64Array:
+    return np.array(rows, dtype=np.int64).reshape(-1, num_columns)
 
 
 def flat_of(plan: StepPlan, block_size: int) -> FlatBatch:

@@ -15,6 +15,7 @@ from pagetier.handler.cuda_graphs import default_sizes
 from pagetier.handler.model_loader import LoadedModel
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.sequence import Sequence
+from pagetier.handler.step_inputs import StepInputs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -247,3 +248,56 @@ def test_rows_are_only_sent_when_the_batch_changes(llama: LoadedModel) -> None:
     assert graphs._batch_rows.tolist() == [0, 0, 0, 0]
     graphs._put_rows(np.array([3, 1]), 2)
     assert graphs._batch_rows.tolist() == [3, 1, 0, 0]
+
+
+@pytest.mark.parametrize("change", ["known token", "other block", "preempted", "gap"])
+def test_a_step_that_only_looks_steady_is_read_whole(llama: LoadedModel, change: str) -> None:
+    reader = Driver(llama).runner._reader
+    driver = Driver(llama)
+    sequence, other = driver.add(prompts()[1]), driver.add(prompts()[0])
+    driver.step([driver.share(sequence, 13), driver.share(other, 5)])
+    both = [sequence, other]
+
+    def read(copies: list[tuple[int, int]] | None = None) -> StepInputs:
+        return reader.read(driver.plan([driver.share(s, 1) for s in both], copies))
+
+    first = read()
+    assert len(first.changes.lengths) == 2
+    for s in both:
+        s.num_in_flight += 1
+    if change == "known token":
+        sequence.token_ids.append(9)
+        sequence.num_in_flight = 0
+        assert read().changes.tokens.tolist() == [[sequence.row, 9]]
+    elif change == "other block":
+        sequence.block_tables[0][-1] = 63
+        assert [sequence.row, 3, 63] in read([(1, 63)]).changes.blocks.tolist()
+    elif change == "preempted":
+        sequence.num_preemptions += 1
+        sequence.block_tables[0][:] = [60, 61, 62, 63]
+        blocks = [b for b in read().changes.blocks.tolist() if b[0] == sequence.row]
+        assert [b[2] for b in blocks] == [60, 61, 62, 63]
+    else:
+        sequence.num_computed_tokens += 1
+        assert read().changes.lengths.tolist() == [[sequence.row, 15]]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_steady_decode_never_waits_for_the_gpu(tmp_path: pathlib.Path, dtype: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    model = load(tmp_path, "llama", "cuda", dtype)
+    driver = graphed(model, 2, 4, forward=compile_forward(model.model))
+    sequences = start(driver, settings_of_all_kinds([5, 6, 7, 8]))
+    pending = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            plan = driver.plan([driver.share(s, 1) for s in sequences])
+            pending.append((plan, driver.launch(plan)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for plan, handle in pending:
+        driver.collect(plan, handle)
