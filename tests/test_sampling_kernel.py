@@ -47,7 +47,7 @@ ROWS = [
     Row(temperature=30.0, min_p=0.97),
     Row(temperature=0.8, top_k=5),
     Row(top_k=1),
-    Row(top_k=150),  # more than a tile holds
+    Row(top_k=100),  # more than a tile holds
     Row(temperature=30.0, top_k=9),
     Row(temperature=0.02, top_k=40),  # more than have any weight
     Row(temperature=0.8, top_p=0.9),
@@ -87,13 +87,13 @@ def check(logits: torch.Tensor, rows: list[Row], seed: int = 0, **flags: bool) -
 @pytest.mark.parametrize(
     ("vocabulary", "dtype"),
     [
-        *((1, torch.float32), (64, torch.float32), (300, torch.float32)),
-        *((300, torch.float16), (300, torch.bfloat16)),
+        *((1, torch.float32), (64, torch.float32), (180, torch.float32)),
+        *((180, torch.float16), (180, torch.bfloat16)),
     ],
 )
 def test_tokens_are_those_of_the_reference(vocabulary, dtype, device):
     # Interpreted, a bisection takes half a second.
-    rows = ROWS if vocabulary == 300 and dtype is torch.float32 else ROWS[4::3]
+    rows = ROWS if vocabulary == 180 and dtype is torch.float32 else ROWS[4::3]
     check(make_logits(len(rows), vocabulary, dtype, device), rows)
 
 
@@ -140,17 +140,14 @@ def test_forbidden_tokens_are_never_drawn_and_zeros_are_equal(device):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_row_that_allows_nothing_yields_some_token_and_spares_the_others(device):
-    logits = make_logits(4, 130, device=device)
-    rows = [Row(top_k=5, top_p=0.7), Row(), Row(temperature=0.0), Row(temperature=0.0)]
-    expected = check(logits, rows)
+    logits = make_logits(5, 130, device=device)
+    rows = [Row(top_k=5, top_p=0.7), Row(), Row(temperature=0.0), Row(top_p=0.4), Row()]
+    expected = check(logits, rows).tolist()
     for value in (float("nan"), float("-inf")):
-        for row in range(3):
-            changed = logits.clone()
-            changed[row] = value
-            tokens = sampling.sample_tokens(changed, *columns(rows, device)).tolist()
-            assert 0 <= tokens[row] < 130
-            tokens[row] = expected[row].item()
-            assert tokens == expected.tolist()
+        logits[:3] = value
+        tokens = sampling.sample_tokens(logits, *columns(rows, device)).tolist()
+        assert all(0 <= token < 130 for token in tokens[:3])
+        assert tokens[3:] == expected[3:]
 
 
 def test_what_does_not_fit_is_refused(device):
