@@ -19,6 +19,7 @@ from pagetier.handler.config import EngineConfig
 from pagetier.handler.cuda_graphs import default_sizes
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.errors import ConfigError
+from pagetier.handler.gpu_memory import GpuMemory
 from pagetier.handler.kv_cache_manager import KVCacheManager
 from pagetier.handler.messages import AddRequest
 from pagetier.handler.model_loader import LoadedModel, load_model
@@ -50,6 +51,7 @@ class _Sizes:
 
     num_gpu_blocks: int
     max_model_len: int
+    memory: GpuMemory | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,10 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         graph_sizes=execution.graph_sizes,
     )
     if runner.graphs is not None:
-        say(f"Capturing {len(runner.graphs.sizes)} CUDA graphs")
-        runner.graphs.capture()
+        done = itertools.count(1)
+        count = len(runner.graphs.sizes)
+        say(f"Capturing {count} CUDA graphs")
+        _capture(runner, lambda size: say(f"Captured CUDA graph {next(done)} of {count} ({size})"))
     if gpu_pages.is_cuda:
         say("Compiling what requests may ask for")
         warm_up(gpu_pages, model.vocab_size, model.dtype)
@@ -132,6 +136,8 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         f"{num_cpu_blocks} in host memory ({format_bytes(num_cpu_blocks * layout.block_bytes)}, "
         f"{host.rung}); sequences of up to {sizes.max_model_len} tokens"
     )
+    if sizes.memory is not None:
+        say(f"GPU memory: {sizes.memory}")
     return EngineCore(
         Scheduler(config, manager, cost_model, sizes.max_model_len),
         runner,
@@ -164,7 +170,7 @@ def choose_execution(
         return Execution()
     say("Compiling the model")
     sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
-    sizes = [size for size in sizes if size <= config.max_num_seqs] or [config.max_num_seqs]
+    sizes = sorted({min(size, config.max_num_seqs) for size in sizes})
     try:
         return Execution(compile_forward(model.model), tuple(sizes))
     except NotTraceable as exc:
@@ -195,11 +201,15 @@ def _size_tiers(
         )
     max_model_len = config.max_model_len or model.max_model_len
     blocks_per_sequence = -(-max_model_len // config.block_size)
+    memory = None
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
     elif model.device.type == "cuda":
-        num_blocks = _affordable_cuda_bytes(config, model, layout, max_model_len, execution)
-        num_blocks //= layout.block_bytes
+        memory = _measure_gpu_memory(config, model, layout, max_model_len, execution)
+        if config.max_model_len is not None:
+            needed = blocks_per_sequence * layout.block_bytes
+            memory.check(needed, max_model_len, config.max_num_batched_tokens)
+        num_blocks = memory.for_kv_cache // layout.block_bytes
     else:
         affordable = int(host_memory.available_bytes() * _HOST_SHARE_OF_FIRST_TIER)
         num_blocks = min(
@@ -221,31 +231,43 @@ def _size_tiers(
             max_model_len,
         )
         max_model_len = capacity
-    return _Sizes(num_blocks, max_model_len)
+    return _Sizes(num_blocks, max_model_len, memory)
 
 
-def _affordable_cuda_bytes(
+def _measure_gpu_memory(
     config: EngineConfig,
     model: LoadedModel,
     layout: KVLayout,
     max_model_len: int,
     execution: Execution,
-) -> int:
-    """Bytes that the GPU tier may take: the allowed share, less all that is in use at the peak."""
-    runner = ModelRunner(
-        model,
-        layout.allocate(1, model.device),
-        layout,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        forward=execution.forward,
-        graph_sizes=execution.graph_sizes[-2:],
-    )
-    peak_bytes = runner.profile_peak_bytes(config.max_num_batched_tokens)
-    torch.cuda.empty_cache()
-    free_bytes = [torch.cuda.mem_get_info(model.device)[0]]
-    if runner.graphs is not None:
-        runner.graphs.capture(lambda _: free_bytes.append(torch.cuda.mem_get_info(model.device)[0]))
+) -> GpuMemory:
+    """Run the largest step and capture the largest graphs, on one block, and see what they take.
+
+    Raises:
+        ConfigError: not even that fits.
+    """
+    try:
+        runner = ModelRunner(
+            model,
+            layout.allocate(1, model.device),
+            layout,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            forward=execution.forward,
+            graph_sizes=execution.graph_sizes[-2:],
+        )
+        step_bytes = runner.profile_peak_bytes(config.max_num_batched_tokens)
+        torch.cuda.empty_cache()
+        free_bytes = [torch.cuda.mem_get_info(model.device)[0]]
+        _capture(runner, lambda _: free_bytes.append(torch.cuda.mem_get_info(model.device)[0]))
+    except torch.OutOfMemoryError:
+        half = max(config.max_num_batched_tokens // 2, config.max_num_seqs)
+        raise ConfigError(
+            f"A step of {config.max_num_batched_tokens} tokens does not fit into the GPU's memory "
+            f"beside the weights; lower max_num_batched_tokens to {half} or less, and max_num_seqs "
+            f"to {max(config.max_num_seqs // 2, 1)} if that does not suffice.",
+            param="max_num_batched_tokens",
+        ) from None
     # The largest graph takes the pool that all share; each other one takes what the second did.
     taken = [before - after for before, after in itertools.pairwise(free_bytes)]
     graph_bytes = sum(taken[:1]) + sum(taken[1:]) * (len(execution.graph_sizes) - 1)
@@ -253,10 +275,29 @@ def _affordable_cuda_bytes(
     del runner
     gc.collect()
     torch.cuda.empty_cache()
-    free, total_bytes = torch.cuda.mem_get_info(model.device)
-    used_bytes = total_bytes - free
-    allowed_bytes = int(total_bytes * config.gpu_memory_utilization)
-    return allowed_bytes - used_bytes - peak_bytes - graph_bytes
+    free, total = torch.cuda.mem_get_info(model.device)
+    tensors = [*model.model.parameters(), *model.model.buffers()]
+    return GpuMemory(
+        total=total,
+        utilization=config.gpu_memory_utilization,
+        weights=sum(tensor.nbytes for tensor in tensors),
+        used=total - free,
+        steps=step_bytes,
+        graphs=graph_bytes,
+    )
+
+
+def _capture(runner: ModelRunner, progress: Callable[[int], None]) -> None:
+    """Capture a runner's graphs; if that fails, let it do without."""
+    if runner.graphs is None:
+        return
+    try:
+        runner.graphs.capture(progress)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as exc:
+        logger.warning("Steps will be slower: a CUDA graph cannot be captured (%s).", exc)
+        runner.drop_graphs()
 
 
 def _calibrate(

@@ -29,6 +29,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from pagetier.handler import fusion, paged_model
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
+from pagetier.handler.units import format_bytes
+from pagetier.offload import host_memory
 from pagetier.offload.tiers import LayerKV
 
 logger = logging.getLogger(__name__)
@@ -161,10 +163,11 @@ AttentionInterface.register(_PROBE, _probe_attention)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a trial run shows of a model: its attention layers, and what of it may be fused."""
+    """What a trial run shows of a model: its attention layers, what may be fused, its size."""
 
     layers: tuple[AttentionLayer, ...]
     fusible: list[fusion.Group]
+    num_weights: int
 
 
 def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Architecture:
@@ -181,7 +184,7 @@ def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Ar
     model_type = text_config.model_type
     try:
         _check_settings(hf_config, text_config)
-        layers, fusible = _trial_run(hf_config, trust_remote_code)
+        layers, fusible, num_weights = _trial_run(hf_config, trust_remote_code)
         _check_layers(layers, text_config)
     except _Refused as refused:
         raise ModelError(f"The architecture '{model_type}' is not supported: {refused}.") from None
@@ -191,7 +194,8 @@ def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Ar
             "transformers' own output.",
             model_type,
         )
-    return Architecture(tuple(layers[index] for index in range(len(layers))), fusible)
+    in_order = tuple(layers[index] for index in range(len(layers)))
+    return Architecture(in_order, fusible, num_weights)
 
 
 def _check_settings(hf_config: Any, text_config: Any) -> None:
@@ -222,7 +226,7 @@ def _check_settings(hf_config: Any, text_config: Any) -> None:
 
 def _trial_run(
     hf_config: Any, trust_remote_code: bool
-) -> tuple[dict[int, AttentionLayer], list[fusion.Group]]:
+) -> tuple[dict[int, AttentionLayer], list[fusion.Group], int]:
     """Run a few tokens through a model without weights and return what was seen."""
     hf_config = copy.deepcopy(hf_config)
     # With a padding token some models look for it in the input, which has no values here.
@@ -245,7 +249,7 @@ def _trial_run(
                     use_cache=False,
                     logits_to_keep=torch.zeros(1, dtype=torch.long),
                 )
-        return _probe.layers, fusible
+        return _probe.layers, fusible, sum(p.numel() for p in model.parameters())
     except _Refused:
         raise
     except Exception as exc:
@@ -317,6 +321,11 @@ def load_model(
             "max_model_len."
         )
     dtype = _resolve_dtype(config.dtype, hf_config, device)
+    free_bytes = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else host_memory.available_bytes()
+    )
     say("making random weights" if config.load_format == "dummy" else "reading the weights")
     try:
         if config.load_format == "dummy":
@@ -327,8 +336,10 @@ def load_model(
         if not _is_out_of_memory(exc):
             raise
         where = "the GPU's memory" if device.type == "cuda" else "this machine's memory"
+        size = format_bytes(architecture.num_weights * (dtype or torch.bfloat16).itemsize)
         raise ModelError(
-            f"The weights of '{config.model}' do not fit into {where}; choose a smaller model or "
+            f"The weights of '{config.model}', {size}, do not fit into {where}, of which "
+            f"{format_bytes(free_bytes)} was free; choose a smaller model or "
             "a 16-bit dtype."
         ) from None
     model.eval().requires_grad_(False)

@@ -268,6 +268,12 @@ class ModelRunner:
             return _CpuHandle(self._worker.submit(self._run, batch), batch)
         return _CudaHandle(self._run(batch), batch)
 
+    def drop_graphs(self) -> None:
+        """Run decodes without graphs from now on."""
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
+
     def _runs_in_graph(self, inputs: StepInputs) -> bool:
         return inputs.is_decode and self.graphs is not None and self.graphs.fits(len(inputs.rows))
 
@@ -277,8 +283,7 @@ class ModelRunner:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self._device)
-        if self.graphs is not None:
-            self.graphs.close()
+        self.drop_graphs()
         self._caches = []
         self._pages = self._pages.new_empty(0)
 

@@ -22,6 +22,7 @@ WITHOUT_TORCH = [
     "handler.config",
     "handler.demo",
     "handler.errors",
+    "handler.gpu_memory",
     "handler.frontend_patch",
     "handler.kv_cache_manager",
     "handler.metrics",

@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_are_said_to_be_too_large(
 ) -> None:
     tiny_models.save("llama", tmp_path)
     monkeypatch.setattr(
-        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [])
+        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [], 1000)
     )
 
     def fail(*_: Any, **__: Any) -> None:
@@ -269,7 +269,10 @@ def test_weights_that_do_not_fit_are_said_to_be_too_large(
 
     for method in ("from_pretrained", "from_config"):
         monkeypatch.setattr(transformers.AutoModelForCausalLM, method, fail)
-    with pytest.raises(ModelError, match="do not fit into this machine's memory; choose"):
+    with pytest.raises(
+        ModelError,
+        match=r"3.9 KiB, do not fit into this machine's memory, of which .* was free; choose",
+    ):
         load(tmp_path, load_format=load_format)
 
 
@@ -449,7 +452,7 @@ def test_a_model_of_unknown_length_needs_max_model_len(
     # The architectures that do not say are refused for other reasons, so far.
     tiny_models.configuration("bloom").save_pretrained(tmp_path)
     monkeypatch.setattr(
-        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [])
+        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [], 1000)
     )
     with pytest.raises(ModelError, match="set max_model_len"):
         load(tmp_path)
