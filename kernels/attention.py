@@ -498,7 +498,7 @@ def _prepare(
         KEY_DIM=key_dim, KEY_DIM_PADDED=_padded(key_dim),
         VALUE_DIM=value_dim, VALUE_DIM_PADDED=value_dim_padded,
         BLOCK_SIZE=block_size, KEYS=tile.keys, FIELDS=FIELDS,
-        COMBINED=max(_COMBINED_ELEMENTS * tile.num_warps // (kept_rows * value_dim_padded), 1),
+        COMBINED=_num_combined(tile, kept_rows * value_dim_padded),
         HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0.0, HAS_SINKS=sinks is not None,
         QUANTISED=k_scale is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -561,6 +561,11 @@ def _tile(
         rows = metadata.max_query_len * group_padded
         shape["rows"] = min(triton.next_power_of_2(rows), 128)
     return Tile(**{"rows": rows, **tuning.settings(operation, q.device, **shape)})
+
+
+def _num_combined(tile: Tile, elements: int) -> int:
+    """Partial results of that size that are combined at once; what is left over costs prompts."""
+    return max(_COMBINED_ELEMENTS * tile.num_warps // elements, 1) if tile.rows <= _MIN_ROWS else 1
 
 
 def kv_name(dtype: torch.dtype) -> str:

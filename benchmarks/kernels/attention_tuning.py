@@ -35,7 +35,8 @@ _Classes = Sequence[tuple[tuple[int, int], list[Batch]]]
 _DECODE_CLASSES: _Classes = (
     ((1, 7), [Batch([(1, 4096)]), Batch([(1, 32768)])]),
     ((8, 31), [Batch([(1, 1024)] * 16)]),
-    ((32, 1 << 30), [Batch([(1, 1024)] * 64), Batch([(1, 900)] * 256), Batch(ragged_lens())]),
+    ((32, 127), [Batch([(1, 1024)] * 64)]),
+    ((128, 1 << 30), [Batch([(1, 900)] * 256), Batch(ragged_lens())]),
 )
 _PREFILL_CLASSES: _Classes = (((17, 1 << 30), [Batch([(8192, 8192)]), Batch([(512, 8704)])]),)
 # Head size, and the dtype of keys and values (None for that of queries).
