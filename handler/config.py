@@ -40,6 +40,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         enable_prefix_caching: share KV blocks of equal prefixes between requests.
         max_num_seqs: most sequences in a step.
         max_num_batched_tokens: most tokens in a step; longer prompts go in chunks.
+        max_prefill_ms: most milliseconds that prompts add to a step in which others decode, by the
+            rate measured at start, so that long prompts do not hold up running streams; 0 is no
+            limit but ``max_num_batched_tokens``. At least 128 tokens go into a step.
         scheduling_policy: ``fcfs``, or ``priority`` (lower numbers first, then arrival).
         max_num_queued_reqs: most requests waiting; one more is refused with 429.
         max_num_queued_tokens: most tokens of prompts waiting, likewise; one request alone may have
@@ -73,6 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    max_prefill_ms: float = 25.0
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1_000_000
@@ -136,6 +140,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "gpu_memory_utilization",
             "above 0 and at most 1",
         )
+        require(0.0 <= self.max_prefill_ms < float("inf"), "max_prefill_ms", "0 ms or more")
         require(0.0 <= self.swap_space < float("inf"), "swap_space", "0 GiB or more")
         for key in (
             "max_num_seqs",

@@ -28,6 +28,10 @@ from pagetier.offload.cost_model import CostModel
 logger = logging.getLogger(__name__)
 
 _TRACE_STEPS = 4096
+# A prompt of this length has the rate that prompts beside decodes are measured by.
+_RATED_TOKENS = 512
+# Tokens of prompts that a step takes at any rate: fewer are hardly sooner done.
+_MIN_PROMPT_TOKENS = 128
 # Waiting sequences looked at in one step that turn out not to fit: bounds the work of a step.
 _MAX_MISFITS = 16
 
@@ -54,10 +58,19 @@ class Scheduler(SequenceBook):
     ) -> None:
         super().__init__(config, manager, max_model_len)
         self.cost_model = cost_model
+        self._max_prompt_tokens_beside_decodes = self._prompt_tokens_in(config.max_prefill_ms)
         self.trace: deque[dict[str, Any]] = deque(maxlen=_TRACE_STEPS)
         self._step_id = 0
         self._prompt_logprobs_room = 0  # positions that the step being planned may still take
         self._decisions: list[dict[str, Any]] = []
+
+    def _prompt_tokens_in(self, milliseconds: float) -> int:
+        """Tokens of prompts that are computed in that time; 0 ms is no limit."""
+        most = self.config.max_num_batched_tokens
+        if milliseconds == 0:
+            return most
+        in_time = milliseconds / 1e3 / self.cost_model.recompute_seconds(_RATED_TOKENS)
+        return min(max(int(in_time * _RATED_TOKENS), _MIN_PROMPT_TOKENS), most)
 
     # --- planning a step ---
 
@@ -90,7 +103,7 @@ class Scheduler(SequenceBook):
         scheduled = []
         stalled = False
         wanted = [self._num_wanted(sequence) for sequence in self.running]
-        prefill_budget = self.config.max_num_batched_tokens - wanted.count(1)
+        prefill_budget = self._prompt_room(wanted.count(1))
         for sequence, num_tokens in zip(list(self.running), wanted, strict=True):
             if sequence.status is not SequenceStatus.RUNNING:
                 break  # preempted since, as are all behind it
@@ -115,6 +128,11 @@ class Scheduler(SequenceBook):
             scheduled.append(self._share(sequence, num_tokens))
         return scheduled, stalled
 
+    def _prompt_room(self, num_decodes: int) -> int:
+        """Tokens of prompts that a step has room for beside so many decodes."""
+        room = self.config.max_num_batched_tokens - num_decodes
+        return min(room, self._max_prompt_tokens_beside_decodes) if num_decodes else room
+
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Grow a running sequence, preempting later ones; False if it must wait for copies."""
         while not self.manager.grow(sequence, num_tokens):
@@ -132,10 +150,12 @@ class Scheduler(SequenceBook):
 
     def _admit_waiting(self, scheduled: list[ScheduledSequence]) -> None:
         """Start or resume waiting sequences while tokens, seats and blocks last."""
-        budget = self.config.max_num_batched_tokens - sum(s.num_tokens for s in scheduled)
+        lens = [share.num_tokens for share in scheduled]
+        num_decodes = lens.count(1)
+        budget = self._prompt_room(num_decodes) - (sum(lens) - num_decodes)
         misfits: list[Sequence] = []
         for sequence in list(self.waiting):
-            if budget == 0 or not self._free_rows or len(misfits) >= _MAX_MISFITS:
+            if budget <= 0 or not self._free_rows or len(misfits) >= _MAX_MISFITS:
                 break
             if sequence.awaits_mask or _has_told(sequence):
                 continue  # its next token is chosen once the other beams have told theirs

@@ -493,3 +493,29 @@ def test_any_history_keeps_the_invariants_and_the_tokens(settings, num_requests,
     assert engine.prompt_logprobs.keys() <= {name for _, name, _ in events}
     assert engine.manager.gpu.num_free == engine.manager.gpu.num_blocks
     assert engine.manager.cpu.num_free == engine.manager.cpu.num_blocks
+
+
+def test_long_prompts_beside_decodes_go_in_chunks_of_bounded_time():
+    def shares(**settings):
+        engine = FakeEngine(
+            num_gpu_blocks=400, decision_trace=True, max_num_batched_tokens=1000, **settings
+        )
+        engine.add("short", prompt_of(4), max_tokens=40)
+        engine.step()
+        engine.add("long", prompt_of(900, 1), max_tokens=2)
+        engine.run()
+        assert engine.tokens["short"] == expected_tokens(prompt_of(4), 40, ignore_eos=True)
+        return [n for step in engine.core.trace() for i, _, n in step["scheduled"] if i == "long"]
+
+    assert shares(max_prefill_ms=0)[0] == 900
+    # 100 parameters at a million FLOP/s, and attention over up to 512 tokens.
+    seconds = (200 * 512 + 2 * 512**2) / 1e6
+    for milliseconds, tokens in ((500, int(0.5 / seconds * 512)), (25, 128)):
+        limited = shares(max_prefill_ms=milliseconds)
+        assert limited[0] == tokens
+        assert sum(limited) == 901
+    # Alone, a prompt is not held back.
+    engine = FakeEngine(num_gpu_blocks=400, decision_trace=True, max_num_batched_tokens=1000)
+    engine.add("long", prompt_of(900, 1), max_tokens=2)
+    engine.run()
+    assert engine.core.trace()[0]["scheduled"] == [("long", 0, 900)]
