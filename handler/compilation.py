@@ -28,7 +28,7 @@ import transformers
 import triton
 from torch import nn
 
-from pagetier.handler import fusion, paged_model
+from pagetier.handler import fusion, paged_model, projections
 
 logger = logging.getLogger(__name__)
 
@@ -203,10 +203,11 @@ def _cache_path(model: Any, names: list[str], weights: list[torch.Tensor]) -> pa
         triton.__version__,
         transformers.__version__,
         name,
-        [pathlib.Path(m.__file__ or "").read_text() for m in (fusion, paged_model)],
+        [pathlib.Path(m.__file__ or "").read_text() for m in (fusion, paged_model, projections)],
         pathlib.Path(__file__).read_text(),
         type(model).__name__,
         settings,
+        [type(m).__name__ for m in model.modules()],
         [(n, str(w.dtype), tuple(w.shape)) for n, w in zip(names, weights, strict=True)],
     ]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -126,14 +126,14 @@ def _fuse_layers(layers: list[nn.Linear]) -> "list[FusedPart] | None":
         if some_bias is not None:
             some_bias.copy_(layer.bias)
     found = [part(trial) for part in parts]
-    if not all(map(functools.partial(_is_close, first.in_features), found, expected)):
+    if not all(map(functools.partial(is_close, first.in_features), found, expected)):
         return None
     for layer in layers:
         layer.weight = layer.bias = None  # type: ignore[assignment]
     return parts
 
 
-def _is_close(num_summed: int, found: torch.Tensor, expected: torch.Tensor) -> bool:
+def is_close(num_summed: int, found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether they differ by no more than rounding: of the result, and of the sum in float32."""
     size = float(expected.float().abs().max())
     rounding = 2 * torch.finfo(expected.dtype).eps
@@ -155,6 +155,7 @@ class _Shared:
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
         self.owner: tuple[FusedPart, ...] = ()
+        self.product: Callable[..., torch.Tensor] = nn.functional.linear
         self.source: torch.Tensor | None = None
         self.results: list[torch.Tensor] = []
         self.num_left = 0
@@ -181,7 +182,7 @@ class FusedPart(nn.Module):
         shared = self._shared
         if shared.source is not x:
             owner = shared.owner[0]
-            product = nn.functional.linear(x, owner.weight, owner.bias)
+            product = shared.product(x, owner.weight, owner.bias)
             shared.results = list(torch.split(product, shared.sizes, -1))
             shared.source = x
             shared.num_left = len(shared.sizes)
@@ -191,6 +192,15 @@ class FusedPart(nn.Module):
             shared.source = None
             shared.results = []
         return result
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether it has the weight of all parts."""
+        return self._shared.owner[0] is self
+
+    def use(self, product: Callable[..., torch.Tensor]) -> None:
+        """Let all parts compute by ``product(x, weight, bias)`` instead of torch's ``linear``."""
+        self._shared.product = product
 
     def extra_repr(self) -> str:
         """Which part of which product it is."""

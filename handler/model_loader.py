@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pagetier.handler import fusion, paged_model
+from pagetier.handler import fusion, paged_model, projections
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
 from pagetier.handler.units import format_bytes
@@ -347,6 +347,8 @@ def load_model(
     if fuse:
         say("fusing projections")
         fusion.fuse(model, architecture.fusible)
+        if config.projection_kernels == "auto":
+            projections.swap(model)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the weights that were copied
     # With a padding token, some models read their input back to warn of unmasked padding.
