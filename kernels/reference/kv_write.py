@@ -78,10 +78,11 @@ def quantise(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     values = values.float()
     largest = values.abs().amax(-1)
     most = QUANTISED_MAX[dtype]
-    # A number divided by a tensor would be rounded twice: torch multiplies by the reciprocal.
-    inverse = torch.where(largest > 0, torch.full_like(largest, most) / largest, 0.0)
+    # With a number on either side torch would multiply by a rounded reciprocal, on a GPU at least.
+    most_of_each = torch.full_like(largest, most)
+    inverse = torch.where(largest > 0, most_of_each / largest, 0.0)
     scaled = (values * inverse[..., None]).clamp(-most, most)
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), largest / most
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), largest / most_of_each
 
 
 def rotate(
