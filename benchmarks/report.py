@@ -40,6 +40,12 @@ def _section(result: dict[str, Any]) -> str:
         f"{result['date'][:10]}, {device}, {flags['shape']} in {flags['dtype']}, "
         f"{flags['rounds']} rounds; {versions}."
     )
+    size = (flags.get("num_requests", 32), flags.get("longest", 256))
+    if size != (32, 256):
+        note += f" Smaller than usual: {size[0]} requests, lengths up to {size[1]}."
+    busy = max(result.get("busy_before_percent", [0.0]))
+    if busy > 5:
+        note += f" **Disturbed**: other work kept the machine {busy:.0f} % busy."
     return f"{tables.markdown(result['results'])}\n\n{note}"
 
 
