@@ -59,8 +59,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             without CUDA graphs: slow, but it starts sooner. A CPU always does.
         cudagraph_capture_sizes: numbers of sequences whose decode steps get a CUDA graph; None
             chooses some up to ``max_num_seqs``. Larger batches than the largest run without.
-        projection_kernels: ``auto`` multiplies by weights with our kernels where the tables of this
-            GPU name one; ``torch`` leaves all to torch.
+        projection_kernels: ``triton`` multiplies by weights with our kernels where the tables of
+            this GPU name one: a single stream is faster, but every step with prompts slower, since
+            the host has more to do; ``torch`` leaves all to torch.
         decision_trace: keep a record of every step's decisions, for ``trace``.
         max_overtaken: how often later requests may pass one that does not fit, before they wait.
     """
@@ -91,7 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     enforce_eager: bool = False
     cudagraph_capture_sizes: list[int] | None = None
-    projection_kernels: Literal["auto", "torch"] = "auto"
+    projection_kernels: Literal["torch", "triton"] = "torch"
     decision_trace: bool = False
     max_overtaken: int = 16
 

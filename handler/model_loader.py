@@ -347,7 +347,7 @@ def load_model(
     if fuse:
         say("fusing projections")
         fusion.fuse(model, architecture.fusible)
-        if config.projection_kernels == "auto":
+        if config.projection_kernels == "triton":
             projections.swap(model)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the weights that were copied
