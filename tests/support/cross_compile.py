@@ -30,6 +30,8 @@ SHARED_BYTES = {
     120: 99 * KIB,
 }
 _REGISTERS = 64 * KIB  # of a multiprocessor, in all of these
+# Of a thread: a few values that wait outside of a loop cost nothing that could be measured.
+_MAX_SPILLED_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +56,14 @@ class Compiled:
     spilled_bytes: int
     num_warps: int
 
-    @property
-    def problem(self) -> str | None:
+    def problem(self, *, may_spill: bool = False) -> str | None:
         """What the GPU cannot give it, or None."""
         found = []
         if self.shared_bytes > SHARED_BYTES[self.capability]:
             found.append(f"{self.shared_bytes} bytes of shared memory")
         if self.registers * 32 * self.num_warps > _REGISTERS:
             found.append(f"{self.registers} registers in {self.num_warps} warps")
-        if self.spilled_bytes:
+        if self.spilled_bytes > _MAX_SPILLED_BYTES and not may_spill:
             found.append(f"{self.spilled_bytes} bytes of spilled registers")
         return f"{self.name} ({self.settings}) needs {', '.join(found)}" if found else None
 
