@@ -66,13 +66,16 @@ def eager_forward(model: Any) -> Forward:
     return forward
 
 
-def compile_forward(model: Any, backend: Backend = "inductor") -> Forward:
+def compile_forward(
+    model: Any, backend: Backend = "inductor", *, by_kernels: bool = False
+) -> Forward:
     """Make the model's forward pass one compiled graph, from the cache if it is there.
 
     Args:
         model: a transformers model with our attention, on its device; its weights are read anew
             at each call, but must stay the same tensors.
         backend: see ``Backend``.
+        by_kernels: whether layers that ``projections`` swapped use our kernels.
 
     Returns:
         A function of any number of tokens and rows but none.
@@ -81,14 +84,15 @@ def compile_forward(model: Any, backend: Backend = "inductor") -> Forward:
         NotTraceable: the model cannot be one graph.
     """
     names, weights = _weights(model)
-    if backend == "graph":
-        graph = _trace(model, names, weights)[0]
-        return lambda *inputs: _first(graph(*weights, *inputs))
-    path = _cache_path(model, names, weights)
-    compiled = _load(path) if path.exists() else None
-    if compiled is None:
-        compiled = _compile(model, names, weights)
-        _save(compiled, path)
+    with projections.by_kernels() if by_kernels else contextlib.nullcontext():
+        if backend == "graph":
+            graph = _trace(model, names, weights)[0]
+            return lambda *inputs: _first(graph(*weights, *inputs))
+        path = _cache_path(model, names, weights, by_kernels)
+        compiled = _load(path) if path.exists() else None
+        if compiled is None:
+            compiled = _compile(model, names, weights)
+            _save(compiled, path)
     return lambda *inputs: _first(compiled(*weights, *inputs))
 
 
@@ -192,7 +196,9 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(base) / "pagetier"
 
 
-def _cache_path(model: Any, names: list[str], weights: list[torch.Tensor]) -> pathlib.Path:
+def _cache_path(
+    model: Any, names: list[str], weights: list[torch.Tensor], by_kernels: bool = False
+) -> pathlib.Path:
     """The file of the graph that this model, on this device, with these versions compiles to."""
     device = weights[0].device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -206,6 +212,7 @@ def _cache_path(model: Any, names: list[str], weights: list[torch.Tensor]) -> pa
         [pathlib.Path(m.__file__ or "").read_text() for m in (fusion, paged_model, projections)],
         pathlib.Path(__file__).read_text(),
         type(model).__name__,
+        by_kernels,
         settings,
         [type(m).__name__ for m in model.modules()],
         [(n, str(w.dtype), tuple(w.shape)) for n, w in zip(names, weights, strict=True)],

@@ -60,8 +60,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         cudagraph_capture_sizes: numbers of sequences whose decode steps get a CUDA graph; None
             chooses some up to ``max_num_seqs``. Larger batches than the largest run without.
         projection_kernels: ``triton`` multiplies by weights with our kernels where the tables of
-            this GPU name one: a single stream is faster, but every step with prompts slower, since
-            the host has more to do; ``torch`` leaves all to torch.
+            this GPU name one, in the CUDA graphs of decodes; the model is compiled twice for that.
+            ``torch`` leaves all to torch.
         decision_trace: keep a record of every step's decisions, for ``trace``.
         max_overtaken: how often later requests may pass one that does not fit, before they wait.
     """

@@ -59,6 +59,7 @@ class Execution:
     """How steps are run: by which forward pass, and decodes of which sizes in graphs."""
 
     forward: Forward | None = None
+    decode_forward: Forward | None = None  # within graphs; None is the same
     graph_sizes: tuple[int, ...] = ()
 
 
@@ -95,6 +96,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         max_num_seqs=config.max_num_seqs,
         max_model_len=sizes.max_model_len,
         forward=execution.forward,
+        decode_forward=execution.decode_forward,
         graph_sizes=execution.graph_sizes,
     )
     if runner.graphs is not None:
@@ -172,7 +174,12 @@ def choose_execution(
     sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
     sizes = sorted({min(size, config.max_num_seqs) for size in sizes})
     try:
-        return Execution(compile_forward(model.model), tuple(sizes))
+        forward = compile_forward(model.model)
+        if config.projection_kernels == "torch":
+            return Execution(forward, None, tuple(sizes))
+        say("Compiling the model with our projections")
+        decode_forward = compile_forward(model.model, by_kernels=True)
+        return Execution(forward, decode_forward, tuple(sizes))
     except NotTraceable as exc:
         logger.warning(
             "Steps will be slow, run operator by operator: the model cannot be compiled as one "
@@ -254,6 +261,7 @@ def _measure_gpu_memory(
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             forward=execution.forward,
+            decode_forward=execution.decode_forward,
             graph_sizes=execution.graph_sizes[-2:],
         )
         step_bytes = runner.profile_peak_bytes(config.max_num_batched_tokens)

@@ -215,6 +215,7 @@ class ModelRunner:
         max_num_seqs: rows of the device's state; each sequence's ``row`` is below it.
         max_model_len: longest sequence, in tokens.
         forward: the model's forward pass; None runs it operator by operator.
+        decode_forward: the forward pass of decodes in graphs; None takes ``forward``.
         graph_sizes: sizes of batches whose decodes run in graphs, after ``graphs.capture()``.
 
     Attributes:
@@ -230,6 +231,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         forward: Forward | None = None,
+        decode_forward: Forward | None = None,
         graph_sizes: Sequence[int] = (),
     ) -> None:
         assert layout.layers == model.kv_layers, "the layout is another model's"
@@ -245,7 +247,9 @@ class ModelRunner:
         self._reader = StepReader(max_num_seqs, max_blocks, layout.block_size)
         self._rows = DeviceRows(max_num_seqs, max_blocks, layout.block_size, model.device)
         self.graphs = (
-            DecodeGraphs(self._forward_pass, self._rows, self._caches, graph_sizes)
+            DecodeGraphs(
+                decode_forward or self._forward_pass, self._rows, self._caches, graph_sizes
+            )
             if graph_sizes
             else None
         )

@@ -1,11 +1,15 @@
 """Linear layers computed by our kernels, where the tables of the device say that these win.
 
-Owns which layers of a loaded model are swapped, and the proof that each computes the same. Knows
+Owns which layers of a loaded model are swapped, the proof that each computes the same, and when
+they use the kernels: within ``by_kernels``, as the graphs of decodes are made. Elsewhere they are
+torch's, since where no graph is replayed a kernel costs the host more than it saves the GPU. Knows
 nothing of architectures, nor of how a kernel is chosen: ``kernels.linear`` looks the number of
 tokens up at each call, and leaves to torch what it has no entry for.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +26,20 @@ _LOOKED_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CHECKED_TOKENS = (1, 4)
 
 
+_uses_kernels = False
+
+
+@contextlib.contextmanager
+def by_kernels() -> Iterator[None]:
+    """Let swapped layers use the kernels, while a model is checked or traced; not reentrant."""
+    global _uses_kernels
+    _uses_kernels = True
+    try:
+        yield
+    finally:
+        _uses_kernels = False
+
+
 class TunedLinear(nn.Module):
     """In the place of a linear layer, whose parameters it takes over."""
 
@@ -36,7 +54,9 @@ class TunedLinear(nn.Module):
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``kernels.linear`` as an operator that a compiler takes as it is."""
+    """``kernels.linear`` as an operator that a compiler takes as it is, or torch's."""
+    if not _uses_kernels:
+        return nn.functional.linear(x, weight, bias)
     product: torch.Tensor = torch.ops.pagetier.linear(x, weight, bias)
     return product
 
@@ -83,7 +103,9 @@ def _is_right(name: str, layer: Any) -> bool:
         x = torch.randn(num_tokens, weight.shape[1], generator=generator)
         x = x.to(weight.device, weight.dtype)
         expected = nn.functional.linear(x, weight, bias)
-        if not fusion.is_close(weight.shape[1], multiply(x, weight, bias), expected):
+        with by_kernels():
+            product = multiply(x, weight, bias)
+        if not fusion.is_close(weight.shape[1], product, expected):
             logger.warning("The layer '%s' stays torch's: our product differs from it.", name)
             return False
     return True

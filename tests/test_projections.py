@@ -1,5 +1,6 @@
 """Layers swapped for our kernels: which, that they compute the same, and inside a traced graph."""
 
+import contextlib
 import logging
 import pathlib
 
@@ -9,7 +10,7 @@ from support import tiny_models
 from support.driver import NEW_TOKENS, Driver, generate, load, prompts
 from torch import nn
 
-from pagetier.handler import projections
+from pagetier.handler import compilation, projections
 from pagetier.handler.compilation import compile_forward
 from pagetier.handler.fusion import FusedPart
 from pagetier.handler.projections import TunedLinear
@@ -44,13 +45,18 @@ def test_swapped_models_generate_the_same(
 ) -> None:
     monkeypatch.setattr(projections, "wins", lambda weight: True)
     reference = tiny_models.build(name)
-    model = load(tmp_path, name)
+    model = load(tmp_path, name, projection_kernels="triton")
     assert any(isinstance(m, TunedLinear) for m in model.model.modules())
     assert not any(type(m) is nn.Linear for m in model.model.modules())
     names = [n for n, _ in model.model.named_parameters()]
     assert len(names) == len(set(names))
-    graph = compile_forward(model.model, "graph")
-    driver = Driver(model, forward=graph, graph_sizes=(1, 4))
+    for by_kernels in (False, True):
+        with projections.by_kernels() if by_kernels else contextlib.nullcontext():
+            graph, _ = compilation._trace(model.model, *compilation._weights(model.model))
+        assert ("pagetier.linear" in graph.code) == by_kernels
+    forward = compile_forward(model.model, "graph")
+    decode_forward = compile_forward(model.model, "graph", by_kernels=True)
+    driver = Driver(model, forward=forward, decode_forward=decode_forward, graph_sizes=(1, 4))
     sequences = [driver.add(prompt) for prompt in prompts()]
     driver.finish(sequences)
     for sequence, prompt in zip(sequences, prompts(), strict=True):
@@ -73,4 +79,5 @@ def test_a_layer_whose_product_differs_stays_torchs(
 
 def test_the_operator_is_registered_with_the_module() -> None:
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
-    torch.testing.assert_close(projections.multiply(x, weight, None), x @ weight.T)
+    with projections.by_kernels():
+        torch.testing.assert_close(projections.multiply(x, weight, None), x @ weight.T)

@@ -26,11 +26,13 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
 
 def load(
-    folder: pathlib.Path, name: str, device: str = "cpu", dtype: str = "float32"
+    folder: pathlib.Path, name: str, device: str = "cpu", dtype: str = "float32", **settings: Any
 ) -> LoadedModel:
     """A tiny model, by way of its files."""
     tiny_models.save(name, folder)
-    config = EngineConfig.create({"model": str(folder), "device": device, "dtype": dtype})
+    config = EngineConfig.create(
+        {"model": str(folder), "device": device, "dtype": dtype, **settings}
+    )
     return load_model(config)
 
 
