@@ -59,8 +59,8 @@ class Execution:
     """How steps are run: by which forward pass, and decodes of which sizes in graphs."""
 
     forward: Forward | None = None
-    decode_forward: Forward | None = None  # within graphs; None is the same
     graph_sizes: tuple[int, ...] = ()
+    decode_forward: Forward | None = None  # within graphs; None is the same
 
 
 def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = None) -> EngineCore:
@@ -176,10 +176,10 @@ def choose_execution(
     try:
         forward = compile_forward(model.model)
         if config.projection_kernels == "torch":
-            return Execution(forward, None, tuple(sizes))
+            return Execution(forward, tuple(sizes))
         say("Compiling the model with our projections")
         decode_forward = compile_forward(model.model, by_kernels=True)
-        return Execution(forward, decode_forward, tuple(sizes))
+        return Execution(forward, tuple(sizes), decode_forward)
     except NotTraceable as exc:
         logger.warning(
             "Steps will be slow, run operator by operator: the model cannot be compiled as one "
