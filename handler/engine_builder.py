@@ -24,6 +24,7 @@ from pagetier.handler.kv_cache_manager import KVCacheManager
 from pagetier.handler.messages import AddRequest
 from pagetier.handler.model_loader import LoadedModel, load_model
 from pagetier.handler.model_runner import ModelRunner
+from pagetier.handler.packed_linear import pack
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.scheduler import Scheduler
 from pagetier.handler.sequence import Sequence
@@ -167,8 +168,15 @@ def build_serving_engine(
 def choose_execution(
     config: EngineConfig, model: LoadedModel, say: Callable[[str], None]
 ) -> Execution:
-    """Compile the model and choose sizes of graphs, as far as device and settings want that."""
-    if config.enforce_eager or model.device.type != "cuda":
+    """Compile the model and choose sizes of graphs, as far as device and settings want that.
+
+    On a CPU the model's linear layers are packed instead, in place.
+    """
+    if config.enforce_eager:
+        return Execution()
+    if model.device.type == "cpu":
+        say("Packing the weights")
+        pack(model.model)
         return Execution()
     say("Compiling the model")
     sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)

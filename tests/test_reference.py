@@ -126,22 +126,23 @@ def test_an_empty_batch_is_fine() -> None:
     assert out.shape == (0, 4, 8)
 
 
-def test_attention_in_small_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_attention_in_small_pieces_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, softcap: float
+) -> None:
     lens = [(1, 30), (1, 9), (1, 22), (9, 30), (9, 12)]
     batch = make_batch(lens)
     arguments = (batch.q, batch.k_cache, batch.v_cache)
-    whole = paged_attention(*arguments, batch.metadata, scale=0.3)
+    whole = paged_attention(*arguments, batch.metadata, scale=0.3, softcap=softcap)
     monkeypatch.setattr(attention, "_MAX_GATHERED_ELEMENTS", 600)
     monkeypatch.setattr(attention, "_MAX_SCORE_ELEMENTS", 500)
-    calls = []
-    attend = attention._attend
-    monkeypatch.setattr(
-        attention, "_attend", lambda *a, **k: calls.append(a[0].shape[:2]) or attend(*a, **k)
-    )
-    pieces = paged_attention(*arguments, make_batch(lens).metadata, scale=0.3)
-    torch.testing.assert_close(pieces, whole)
-    assert len(calls) > 4  # it was in pieces, of sequences and of queries
-    assert any(num_queries not in (1, 9) for _, num_queries in calls)
+    metadata = make_batch(lens).metadata
+    in_pieces = paged_attention(*arguments, metadata, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(in_pieces, whole)
+    (contexts,) = metadata.shared.values()
+    shapes = [piece.shape for context in contexts for piece in context.pieces]
+    assert len(shapes) > 4  # it was in pieces, of sequences and of queries
+    assert any(num_queries not in (1, 9) for _, num_queries in shapes)
 
 
 def test_large_scores_do_not_overflow() -> None:

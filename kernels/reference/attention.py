@@ -6,11 +6,13 @@ padded to whole blocks.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from pagetier.kernels.metadata import AttentionMetadata, IntArray, upload
 
@@ -77,10 +79,20 @@ def paged_attention(
     for context in metadata.shared[key]:
         keys = _gather(k_cache, k_scale, context, buffers[0])
         values = _gather(v_cache, v_scale, context, buffers[1])
-        _clean(values, context)
         for piece in context.pieces:
-            mixed = _attend(q[piece.tokens], keys, values, piece, scale, softcap, grouped_sinks)
-            out[piece.tokens] = mixed.to(out.dtype)
+            queries = q.index_select(0, piece.tokens).float()
+            # The heads that share a KV head become rows of one product.
+            rows = queries.view(*piece.shape, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+            rows = rows.reshape(piece.shape[0], kv_heads, -1, head_dim)
+            if softcap or sinks is not None:
+                mixed = _attend(rows, keys, values, piece, scale, softcap, grouped_sinks)
+            else:
+                mixed = scaled_dot_product_attention(
+                    rows, keys, values, attn_mask=piece.mask(rows.shape[2]), scale=scale
+                )
+            mixed = mixed.view(piece.shape[0], kv_heads, -1, piece.shape[1], value_dim)
+            mixed = mixed.permute(0, 3, 1, 2, 4).reshape(-1, num_heads, value_dim)
+            out.index_copy_(0, piece.tokens, mixed.to(out.dtype))
     return out
 
 
@@ -89,12 +101,26 @@ class _Piece:
     """Queries that one product serves.
 
     Attributes:
-        tokens: where they are in the batch, int64 ``(sequences, queries)``.
+        tokens: where they are in the batch, int64, sequence by sequence.
+        shape: sequences, and queries of each.
         hidden: positions that each does not see, ``(sequences, 1, 1, queries, context)``.
     """
 
     tokens: torch.Tensor
+    shape: tuple[int, int]
     hidden: torch.Tensor
+    _masks: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def mask(self, num_rows: int) -> torch.Tensor:
+        """What is added to the scores of ``num_rows`` rows, ``(sequences, 1, rows, context)``."""
+        if num_rows not in self._masks:
+            hidden = self.hidden[:, 0]
+            mask = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, -math.inf)
+            num_queries = self.shape[1]
+            if num_queries > 1:
+                mask = mask.repeat(1, 1, num_rows // num_queries, 1)
+            self._masks[num_rows] = mask
+        return self._masks[num_rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +133,14 @@ class _Context:
     Attributes:
         block_ids: ``(sequences, 1, blocks)``.
         heads: all KV heads, ``(kv_heads, 1)``.
-        unclean_rows: gathered rows that hold a slot nobody may look at, int64, block by block and
-            for each of them head by head; None if there are none.
-        unreadable: which slots of these blocks, ``(unclean blocks, 1, block_size, 1)``.
+        unreadable: gathered keys or values that may be NaN, since nobody may look at them, int64;
+            a number counts those of all sequences and heads.
         pieces: one after the other.
         source_rows: rows to gather, by how many of them a page of the cache is long.
     """
 
     block_ids: torch.Tensor
     heads: torch.Tensor
-    unclean_rows: torch.Tensor | None
     unreadable: torch.Tensor
     pieces: list[_Piece]
     source_rows: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -156,15 +180,15 @@ def _plan(
             # Where there is none, it is block 0, and unclean.
             has_whole = whole.any(-1, keepdims=True)
             stand_in = np.where(used, np.arange(num_blocks), whole.argmax(-1)[:, None])
-            row, block = np.nonzero(np.where(has_whole, used & ~whole, ~whole))
-            unclean = (row[:, None] * kv_heads + np.arange(kv_heads)) * num_blocks + block[:, None]
-            chosen, source, has_source, unclean_rows, unreadable = upload(
+            unclean = np.where(has_whole, used & ~whole, ~whole)
+            row, position = np.nonzero(~readable & unclean.repeat(block_size, axis=1))
+            unreadable_rows = (row[:, None] * kv_heads + np.arange(kv_heads)) * length
+            chosen, source, has_source, unreadable = upload(
                 [
                     picked,
                     stand_in,
                     np.asarray(used | has_whole, dtype=np.int32),
-                    unclean.reshape(-1),
-                    np.asarray(~by_block[row, block], dtype=np.int32),
+                    (unreadable_rows + position[:, None]).reshape(-1),
                 ],
                 device,
             )
@@ -173,8 +197,7 @@ def _plan(
             yield _Context(
                 block_ids=tables[:, None],
                 heads=heads,
-                unclean_rows=unclean_rows if len(row) else None,
-                unreadable=unreadable.bool()[:, None, :, None],
+                unreadable=unreadable,
                 pieces=_pieces(metadata, sequences, tokens, num_heads, length, window),
             )
 
@@ -242,7 +265,7 @@ def _pieces(
         hidden = positions > query_positions
         if window:
             hidden |= positions <= query_positions - window
-        pieces.append(_Piece(own, hidden[:, None, None]))
+        pieces.append(_Piece(own.reshape(-1), (num_sequences, own.shape[1]), hidden[:, None, None]))
     return pieces
 
 
@@ -253,6 +276,9 @@ def _gather(
     buffer: list[torch.Tensor],
 ) -> torch.Tensor:
     """Keys or values in order of position, fp32 ``(sequences, kv_heads, context, dim)``.
+
+    Unwritten slots may hold NaN, and a weight of 0 would not do, since 0 * NaN is NaN: what nobody
+    may look at is zero.
 
     ``buffer`` holds memory to gather into, or nothing yet; it may keep another piece instead.
     """
@@ -279,27 +305,13 @@ def _gather(
     if scales is not None:
         by_position = scales[context.block_ids, context.heads]
         gathered *= by_position.view(*gathered.shape[:3], 1)
+    if len(context.unreadable):
+        gathered.view(-1, dim).index_fill_(0, context.unreadable, 0.0)
     return gathered
 
 
-def _clean(values: torch.Tensor, context: _Context) -> None:
-    """Zero gathered values where nobody may look.
-
-    Unwritten slots may hold NaN, and a weight of 0 would not do, since 0 * NaN is NaN. Keys can
-    stay as they are: their scores are overwritten.
-    """
-    if context.unclean_rows is None:
-        return
-    block_size, dim = context.unreadable.shape[2], values.shape[-1]
-    rows = values.view(-1, block_size * dim)
-    unclean = rows.index_select(0, context.unclean_rows)
-    by_head = unclean.view(context.unreadable.shape[0], -1, block_size, dim)
-    by_head.masked_fill_(context.unreadable, 0.0)
-    rows.index_copy_(0, context.unclean_rows, unclean)
-
-
 def _attend(
-    q: torch.Tensor,
+    rows: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     piece: _Piece,
@@ -307,22 +319,19 @@ def _attend(
     softcap: float,
     grouped_sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of a piece over its gathered contexts.
+    """Attention of a piece over its gathered contexts, with a cap or with sinks.
 
-    ``q`` is ``(sequences, queries, heads, head_dim)``, ``grouped_sinks``
-    ``(1, kv_heads, heads per KV head, 1, 1)``; returns ``(sequences, queries, heads, v_dim)`` in
-    fp32.
+    ``rows`` is ``(sequences, kv_heads, heads per KV head * queries, head_dim)``, ``grouped_sinks``
+    ``(1, kv_heads, heads per KV head, 1, 1)``; the result is like ``rows``, with ``v_dim``.
     """
-    num_sequences, num_queries, num_heads, head_dim = q.shape
-    kv_heads, length = keys.shape[1:3]
-    grouped = (num_sequences, kv_heads, num_heads // kv_heads, num_queries)
-    by_kv_head = q.float().view(num_sequences, num_queries, kv_heads, -1, head_dim)
-    # The heads that share a KV head become rows of one product.
-    q_rows = by_kv_head.permute(0, 2, 3, 1, 4).reshape(num_sequences, kv_heads, -1, head_dim)
-    scores = (q_rows * scale @ keys.transpose(-1, -2)).view(*grouped, length)
+    num_sequences, kv_heads, num_rows, _ = rows.shape
+    length = keys.shape[2]
+    scores = (rows * scale @ keys.transpose(-1, -2)).view(
+        num_sequences, kv_heads, -1, piece.shape[1], length
+    )
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores.masked_fill_(piece.hidden, float("-inf"))
+    scores.masked_fill_(piece.hidden, -math.inf)
     # A padding row sees nothing: its weights must come out 0, not exp(-inf - -inf).
     highest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     if grouped_sinks is not None:
@@ -332,6 +341,4 @@ def _attend(
     if grouped_sinks is not None:
         total += (grouped_sinks - highest).exp()
     weights /= total.clamp_min(torch.finfo(torch.float32).tiny)
-    mixed = weights.view(num_sequences, kv_heads, -1, length) @ values
-    mixed = mixed.view(*grouped, -1).permute(0, 3, 1, 2, 4)
-    return mixed.reshape(num_sequences, num_queries, num_heads, -1)
+    return weights.view(num_sequences, kv_heads, num_rows, length) @ values

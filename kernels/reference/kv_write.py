@@ -39,6 +39,13 @@ def write_kv(
     """
     if slots.shape[0] == 0:
         return
+    if slots.device.type == "cpu" and k_scale is None and v_scale is None:
+        if bool(slots.min() < 0):
+            kept = (slots >= 0).nonzero().flatten()
+            key, value, slots = key[kept], value[kept], slots[kept]
+        _put_vectors(key, k_cache, slots)
+        _put_vectors(value, v_cache, slots)
+        return
     block_size = k_cache.shape[2]
     # Dropping skipped tokens would need their number, which only the device knows. So a skipped
     # token repeats the write of one that is not skipped; if there is none, slot 0 keeps its value.
@@ -67,6 +74,26 @@ def write_kv(
             quantised, scales = quantise(new, cache.dtype)
             put(quantised, cache)
             put(scales, scale)
+
+
+def _put_vectors(new: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write ``new`` ``(tokens, kv_heads, dim)`` into its slots, in few operators.
+
+    A CPU can be told which they are, and spends more time on an operator than on what it copies.
+    """
+    num_blocks, kv_heads, block_size, dim = cache.shape
+    new = new.to(cache.dtype)
+    if cache.stride()[1:] != (block_size * dim, dim, 1) or cache.stride(0) % dim:
+        cache[slots // block_size, :, slots % block_size] = new
+        return
+    # Pages are whole vectors of ``dim`` numbers, those of a head one after the other.
+    vectors_per_page = cache.stride(0) // dim
+    num_vectors = (num_blocks - 1) * vectors_per_page + kv_heads * block_size
+    firsts = torch.add(slots, slots // block_size, alpha=vectors_per_page - block_size)
+    heads = torch.arange(0, kv_heads * block_size, block_size)
+    places = (firsts[:, None] + heads).view(-1)
+    vectors = cache.as_strided((num_vectors, dim), (dim, 1))
+    vectors.index_copy_(0, places, new.reshape(-1, dim))
 
 
 def quantise(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
