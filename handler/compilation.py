@@ -28,7 +28,7 @@ import transformers
 import triton
 from torch import nn
 
-from pagetier.handler import fusion, paged_model, projections
+from pagetier.handler import fusion, paged_model, projections, quantised_linear
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,10 @@ def _cache_path(
         triton.__version__,
         transformers.__version__,
         name,
-        [pathlib.Path(m.__file__ or "").read_text() for m in (fusion, paged_model, projections)],
+        [
+            pathlib.Path(m.__file__ or "").read_text()
+            for m in (fusion, paged_model, projections, quantised_linear)
+        ],
         pathlib.Path(__file__).read_text(),
         type(model).__name__,
         by_kernels,

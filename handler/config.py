@@ -16,8 +16,7 @@ from pagetier.handler.errors import ConfigError
 
 # Names that vLLM's users know and whose feature does not exist here yet: refused, never ignored.
 NOT_SUPPORTED_YET = frozenset({
-    "cpu_offload_gb", "kv_cache_dtype", "quantization",
-    "tensor_parallel_size", "skip_tokenizer_init",
+    "cpu_offload_gb", "kv_cache_dtype", "tensor_parallel_size", "skip_tokenizer_init",
 })  # fmt: skip
 
 
@@ -29,6 +28,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tokenizer: likewise; None takes the model's.
         dtype: of weights, activations and KV cache; ``auto`` is the checkpoint's own, on a CPU
             float32.
+        quantization: ``int8`` or ``int4`` rounds the weights of linear layers as they are read, to
+            a half or a quarter of their bytes in 16 bits; None leaves them as they are.
+        quantization_group_size: neighbouring weights that share a scale: a power of two from 32 on,
+            or 0 for all of an output's; None is 128 for ``int4`` and 0 for ``int8``.
         seed: of random weights (``load_format: dummy``).
         max_model_len: most tokens of prompt and output together; None takes the model's, or what
             the GPU tier holds if that is less.
@@ -69,6 +72,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    quantization: Literal["int8", "int4"] | None = None
+    quantization_group_size: int | None = None
     seed: int = 0
     max_model_len: int | None = None
     block_size: int = 16
@@ -169,6 +174,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "max_num_batched_tokens",
             f"at least max_num_seqs ({self.max_num_seqs}), so that every running sequence "
             "gets a token each step",
+        )
+        size = self.quantization_group_size
+        require(
+            size is None or size == 0 or (size >= 32 and size.bit_count() == 1),
+            "quantization_group_size",
+            "a power of two of at least 32, or 0 for one scale an output",
+        )
+        require(
+            size is None or self.quantization in ("int8", "int4"),
+            "quantization_group_size",
+            "left out unless quantization is int8 or int4",
         )
         sizes = self.cudagraph_capture_sizes
         require(

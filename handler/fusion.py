@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pagetier.handler import quantised_linear
+from pagetier.handler.quantised_linear import QuantisedLinear
+
 logger = logging.getLogger(__name__)
 
 # Tokens of the trial input on which fused layers must equal those they replace.
@@ -72,9 +75,15 @@ def fuse(model: nn.Module, groups: list[Group]) -> int:
     for name, child_names in groups:
         parent = model.get_submodule(name)
         layers = [getattr(parent, child_name) for child_name in child_names]
-        if not _match(layers):
+        if all(isinstance(layer, QuantisedLinear) for layer in layers):
+            joined = quantised_linear.join(layers)
+            if joined is None:
+                continue
+            parts = _parts_of(joined, layers)
+        elif _match(layers):
+            parts = _fuse_layers(layers)
+        else:
             continue
-        parts = _fuse_layers(layers)
         if parts is None:
             logger.warning(
                 "The layers %s of '%s' stay apart: fused, they compute something else.",
@@ -133,6 +142,23 @@ def _fuse_layers(layers: list[nn.Linear]) -> "list[FusedPart] | None":
     return parts
 
 
+def _parts_of(joined: QuantisedLinear, layers: list[QuantisedLinear]) -> "list[FusedPart] | None":
+    """The parts of a ``joined`` layer that replace ``layers``; None if they would not equal."""
+    shared = _Shared([layer.out_features for layer in layers])
+    parts = [FusedPart(shared, index) for index in range(len(layers))]
+    parts[0].weight = parts[0].bias = None  # type: ignore[assignment]
+    parts[0].joined = joined
+    shared.owner = (parts[0],)
+    shared.product = lambda x, _weight, _bias: shared.owner[0].joined(x)
+    generator = torch.Generator().manual_seed(0)
+    trial = torch.randn(_CHECKED_TOKENS, joined.in_features, generator=generator)
+    trial = trial.to(joined.packed.device, joined.scales.dtype)
+    found, expected = [part(trial) for part in parts], [layer(trial) for layer in layers]
+    if not all(map(functools.partial(is_close, joined.in_features), found, expected)):
+        return None
+    return parts
+
+
 def is_close(num_summed: int, found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether they differ by no more than rounding: of the result, and of the sum in float32."""
     size = float(expected.float().abs().max())
@@ -171,6 +197,7 @@ class FusedPart(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    joined: QuantisedLinear
 
     def __init__(self, shared: _Shared, index: int) -> None:
         super().__init__()
@@ -195,8 +222,8 @@ class FusedPart(nn.Module):
 
     @property
     def is_owner(self) -> bool:
-        """Whether it has the weight of all parts."""
-        return self._shared.owner[0] is self
+        """Whether it has the weight of all parts, and that is not quantised."""
+        return self._shared.owner[0] is self and self.weight is not None
 
     def use(self, product: Callable[..., torch.Tensor]) -> None:
         """Let all parts compute by ``product(x, weight, bias)`` instead of torch's ``linear``."""

@@ -26,9 +26,10 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pagetier.handler import fusion, paged_model, projections
+from pagetier.handler import fusion, paged_model, projections, quantisation
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
+from pagetier.handler.quantised_linear import QuantisedLinear
 from pagetier.handler.units import format_bytes
 from pagetier.offload import host_memory
 from pagetier.offload.tiers import LayerKV
@@ -299,8 +300,8 @@ def load_model(
     """Check and load the model that ``config`` names, ready to run on the paged KV cache.
 
     Args:
-        config: ``model``, ``dtype``, ``device``, ``load_format``, ``max_model_len``, ``seed`` and
-            ``trust_remote_code`` are used.
+        config: ``model``, ``dtype``, ``quantization``, ``device``, ``load_format``,
+            ``max_model_len``, ``seed`` and ``trust_remote_code`` are used.
         progress: called with a few words at the start of each stage.
         fuse: make linear layers that read the same tensor one.
 
@@ -462,6 +463,10 @@ def _read_weights(
     the names that older checkpoints use and the experts that are to be merged.
     """
     name = config.model
+    rounding = quantisation.plan(config)
+    quantised = {}
+    if rounding is not None:
+        quantised["quantization_config"] = quantisation.as_transformers(rounding)
     try:
         with _quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -473,7 +478,10 @@ def _read_weights(
                 use_safetensors=True if config.load_format == "safetensors" else None,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **quantised,
             )
+    except ModelError:
+        raise
     except Exception as exc:
         if _is_out_of_memory(exc):
             raise
@@ -508,14 +516,18 @@ def _make_dummy(
 ) -> Any:
     """The model with random weights, made in place on ``device`` by its own initialisation."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _quiet_transformers(), device:
+    rounding = quantisation.plan(config)
+    with torch.random.fork_rng(devices), _quiet_transformers():
         torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config),
-            attn_implementation=paged_model.ATTENTION,
-            dtype=dtype or torch.float32,
-            trust_remote_code=config.trust_remote_code,
-        )
+        with device if rounding is None else torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config),
+                attn_implementation=paged_model.ATTENTION,
+                dtype=dtype or torch.float32,
+                trust_remote_code=config.trust_remote_code,
+            )
+        if rounding is not None:
+            quantisation.make_random(model, rounding, device)
     # Without files beside config.json there may be nothing but its defaults.
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(config.model)
@@ -579,8 +591,11 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _num_parameters(model: Any) -> int:
+    """Parameters without the embeddings at either end; those of quantised layers count too."""
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = model.get_output_embeddings()
     if head is not None:
         outer |= {id(p) for p in head.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in outer)
+    quantised = sum(m.num_weights for m in model.modules() if isinstance(m, QuantisedLinear))
+    plain = sum(p.numel() for p in model.parameters() if id(p) not in outer)
+    return int(quantised + plain)

@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "paged_attention",
     "penalise_rows",
+    "quantised_linear",
     "read_rows",
     "sample_tokens",
     "scatter_blocks",
@@ -91,6 +92,7 @@ greedy_tokens = _operation(reference.greedy_tokens)
 linear = _operation(reference.linear)
 paged_attention = _operation(reference.paged_attention)
 penalise_rows = _operation(reference.penalise_rows)
+quantised_linear = _operation(reference.quantised_linear)
 read_rows = _operation(reference.read_rows)
 sample_tokens = _operation(reference.sample_tokens)
 scatter_blocks = _operation(reference.scatter_blocks)

@@ -112,7 +112,7 @@ def test_frontend_takes_more_requests_than_the_engine_admits():
         ({"block_sise": 8}, "block_sise"),
         ({"block_size": 0}, "block_size"),
         ({"swap_space": "much"}, "swap_space"),
-        ({"quantization": "awq"}, "quantization"),
+        ({"quantization": "int3"}, "quantization"),
         ({"chat_template": "nowhere.jinja"}, "chat_template"),
         ({"model": "other"}, "model"),
     ],
