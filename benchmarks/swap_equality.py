@@ -33,6 +33,7 @@ def run(
         "kv_offload_load_bytes", "num_failed_transfers", "mean_running_batch", "kv_waste_perc",
         "kv_waste_preallocated_perc", "host_memory_rung", "link_bytes_per_second",
         "prefill_flops_per_second", "startup_seconds", "dtype", "device",
+        "kv_cache_dtype", "kv_token_bytes",
     )  # fmt: skip
     return {
         "tokens": [o.outputs[0].token_ids for o in outputs],
@@ -47,6 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--num-requests", type=int, default=32)
     parser.add_argument("--max-prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -63,7 +65,11 @@ def main() -> int:
     ]
     demand = sum(-(-(len(p) + args.new_tokens) // 16) for p in prompts)
     scarce = max(int(demand * args.share), 2048 // 16)
-    common = {"dtype": args.dtype, "swap_space": args.swap_space}
+    common = {
+        "dtype": args.dtype,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "swap_space": args.swap_space,
+    }
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -16,7 +16,7 @@ from pagetier.handler.errors import ConfigError
 
 # Names that vLLM's users know and whose feature does not exist here yet: refused, never ignored.
 NOT_SUPPORTED_YET = frozenset({
-    "cpu_offload_gb", "kv_cache_dtype", "tensor_parallel_size", "skip_tokenizer_init",
+    "cpu_offload_gb", "tensor_parallel_size", "skip_tokenizer_init",
 })  # fmt: skip
 
 
@@ -26,12 +26,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         model: a local Hugging Face folder or a hub id.
         tokenizer: likewise; None takes the model's.
-        dtype: of weights, activations and KV cache; ``auto`` is the checkpoint's own, on a CPU
-            float32.
+        dtype: of weights and activations; ``auto`` is the checkpoint's own, on a CPU float32.
         quantization: ``int8`` or ``int4`` rounds the weights of linear layers as they are read, to
             a half or a quarter of their bytes in 16 bits; None leaves them as they are.
         quantization_group_size: neighbouring weights that share a scale: a power of two from 32 on,
             or 0 for all of an output's; None is 128 for ``int4`` and 0 for ``int8``.
+        kv_cache_dtype: of keys and values in both tiers; ``auto`` is that of the activations,
+            ``int8`` and ``fp8`` (of the kind ``fp8_e4m3``) take about half of 16 bits, and are
+            rounded: what comes out is no longer exactly the model's.
         seed: of random weights (``load_format: dummy``).
         max_model_len: most tokens of prompt and output together; None takes the model's, or what
             the GPU tier holds if that is less.
@@ -74,6 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
     quantization_group_size: int | None = None
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto"
     seed: int = 0
     max_model_len: int | None = None
     block_size: int = 16

@@ -27,6 +27,7 @@ from pagetier.handler.device_rows import DecodeInputs, DeviceRows
 from pagetier.handler.paged_model import ForwardContext, forward_context
 from pagetier.kernels import AttentionMetadata
 from pagetier.kernels.metadata import upload
+from pagetier.offload.tiers import LayerCaches
 
 _NUM_WARM_UPS = 2
 
@@ -72,7 +73,7 @@ class DecodeGraphs:
         self,
         forward: Forward,
         rows: DeviceRows,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        caches: Sequence[LayerCaches],
         sizes: Sequence[int],
     ) -> None:
         self._forward = forward

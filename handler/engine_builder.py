@@ -44,6 +44,14 @@ logger = logging.getLogger(__name__)
 # On a machine without a GPU the first tier lies in host memory too, and takes at most this share.
 _HOST_SHARE_OF_FIRST_TIER = 0.4
 _MAX_CALIBRATION_TOKENS = 1024
+_KV_DTYPES = {
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+_FP8_CAPABILITY = (8, 9)
+# The kernel of a GPU reads values of 8 bits by words.
+_VALUES_PER_WORD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     say = progress or (lambda message: logger.info("%s", message))
     start = time.perf_counter()
     model = load_model(config, say)
-    layout = KVLayout(model.kv_layers, config.block_size, model.dtype)
+    layout = choose_layout(config, model)
     execution = choose_execution(config, model, say)
 
     say("Sizing the KV cache")
@@ -123,9 +131,10 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     )
     info = {
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _name_of(model.dtype),
         "max_model_len": sizes.max_model_len,
         "block_size": config.block_size,
+        "kv_cache_dtype": _name_of(layout.dtype),
         "kv_block_bytes": layout.block_bytes,
         "kv_token_bytes": layout.token_bytes,
         "host_memory_rung": host.rung,
@@ -137,7 +146,8 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         f"KV cache: {sizes.num_gpu_blocks} blocks of {config.block_size} tokens on "
         f"{model.device.type} ({format_bytes(sizes.num_gpu_blocks * layout.block_bytes)}), "
         f"{num_cpu_blocks} in host memory ({format_bytes(num_cpu_blocks * layout.block_bytes)}, "
-        f"{host.rung}); sequences of up to {sizes.max_model_len} tokens"
+        f"{host.rung}); {layout.token_bytes} bytes a token ({_name_of(layout.dtype)}); sequences "
+        f"of up to {sizes.max_model_len} tokens"
     )
     if sizes.memory is not None:
         say(f"GPU memory: {sizes.memory}")
@@ -163,6 +173,39 @@ def build_serving_engine(
     core = build_engine(config, progress)
     core.prepare_grammars()
     return core
+
+
+def choose_layout(config: EngineConfig, model: LoadedModel) -> KVLayout:
+    """How a block keeps the model's keys and values.
+
+    Raises:
+        ConfigError: the device cannot compute with ``kv_cache_dtype``, or not with values of the
+            model's sizes in it.
+    """
+    dtype = _KV_DTYPES.get(config.kv_cache_dtype, model.dtype)
+    layout = KVLayout(model.kv_layers, config.block_size, dtype)
+    if config.kv_cache_dtype == "auto" or model.device.type != "cuda":
+        return layout
+    if dtype == torch.float8_e4m3fn:
+        major, minor = torch.cuda.get_device_capability(model.device)
+        if (major, minor) < _FP8_CAPABILITY:
+            raise ConfigError(
+                f"The setting 'kv_cache_dtype' is {config.kv_cache_dtype!r}, but this GPU, of "
+                f"compute capability {major}.{minor}, has no fp8, which came with 8.9; use int8.",
+                param="kv_cache_dtype",
+            )
+    odd = next((x.value_dim for x in layout.layers if x.value_dim % _VALUES_PER_WORD), None)
+    if odd is not None:
+        raise ConfigError(
+            f"The setting 'kv_cache_dtype' is {config.kv_cache_dtype!r}, but a GPU reads values "
+            f"of 8 bits by fours, and this model's heads have {odd} of them; use auto.",
+            param="kv_cache_dtype",
+        )
+    return layout
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_execution(

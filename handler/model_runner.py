@@ -47,9 +47,7 @@ from pagetier.handler.step import (
 )
 from pagetier.handler.step_inputs import FlatBatch, StepInputs, StepReader, flat_of
 from pagetier.kernels.metadata import upload
-from pagetier.offload.tiers import KVLayout
-
-Caches = list[tuple[torch.Tensor, torch.Tensor]]
+from pagetier.offload.tiers import KVLayout, LayerCaches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,7 +421,7 @@ class ModelRunner:
             kernels.copy_blocks(self._pages, upload([block_copies], self._device)[0])
 
     @torch.inference_mode()
-    def _forward(self, flat: FlatBatch, caches: Caches) -> torch.Tensor:
+    def _forward(self, flat: FlatBatch, caches: list[LayerCaches]) -> torch.Tensor:
         """Logits of a flat batch, in the model's dtype, on the device: ``(rows, vocabulary)``.
 
         A row for each sample, then one for each position of ``prompt_tokens``.

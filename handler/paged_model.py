@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface
 
 from pagetier import kernels
+from pagetier.offload.tiers import LayerCaches
 
 # No mask is registered under this name, so transformers builds none.
 ATTENTION = "pagetier"
@@ -27,12 +28,12 @@ class ForwardContext:
     """Where the keys and values of the batch in a forward pass are.
 
     Attributes:
-        caches: each layer's ``k_cache`` and ``v_cache``, as ``pagetier.kernels`` takes them.
+        caches: each layer's keys and values, and their scales if they are quantised.
         slots: slot of each new token, int64 ``(tokens,)``; -1 is written nowhere.
         metadata: block tables and lengths.
     """
 
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    caches: Sequence[LayerCaches]
     slots: torch.Tensor
     metadata: kernels.AttentionMetadata
 
@@ -75,8 +76,8 @@ def _attend(
     """
     context = _current.context
     assert context is not None, "the model was called outside forward_context"
-    k_cache, v_cache = context.caches[layer]
-    kernels.write_kv(key, value, k_cache, v_cache, context.slots)
+    k_cache, v_cache, scales = context.caches[layer]
+    kernels.write_kv(key, value, k_cache, v_cache, context.slots, **scales)
     kernels.paged_attention(
         query,
         k_cache,
@@ -87,6 +88,7 @@ def _attend(
         softcap=softcap,
         sinks=sinks,
         out=out,
+        **scales,
     )
 
 

@@ -6,13 +6,17 @@ nor of copies between tiers.
 A tier is one buffer ``[num_blocks, block_bytes]`` of uint8 (block-major). Inside a page come,
 layer after layer, its keys ``(kv_heads, block_size, key_dim)`` and values
 ``(kv_heads, block_size, value_dim)``, so that layers may differ in heads and sizes, a block is one
-contiguous piece, and a copy between tiers is one large transfer::
+contiguous piece, and a copy between tiers is one large transfer. Keys and values of 8 bits have a
+float32 scale for each token and head, ``(kv_heads, block_size)``, behind them in the same page, so
+that whoever copies a block need not know of scales::
 
-    page │ K0 │ V0 │ K1 │ V1 │ … │ Kn │ Vn │ padding │
+    page │ K0 │ V0 │ K1 │ V1 │ … │ Kn │ Vn │
+    page │ K0 │ V0 │ scales of K0 │ of V0 │ K1 │ V1 │ scales of K1 │ … │
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -29,9 +33,28 @@ class LayerKV:
     value_dim: int
 
 
+class LayerCaches(NamedTuple):
+    """One layer's part of all pages of a tier, as ``pagetier.kernels`` takes it.
+
+    Attributes:
+        k_cache: ``(blocks, kv_heads, block_size, key_dim)``.
+        v_cache: ``(blocks, kv_heads, block_size, value_dim)``, of the same dtype.
+        scales: ``k_scale`` and ``v_scale`` of caches of 8 bits, float32
+            ``(blocks, kv_heads, block_size)``, as keywords; of others none.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    scales: dict[str, torch.Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class KVLayout:
-    """How a block's bytes are divided among layers; the same in every tier."""
+    """How a block's bytes are divided among layers; the same in every tier.
+
+    ``dtype`` is that of keys and values: a floating-point type, or int8 or float8_e4m3fn with
+    scales.
+    """
 
     layers: tuple[LayerKV, ...]
     block_size: int
@@ -39,24 +62,22 @@ class KVLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of keys and values of one token over all layers, without padding."""
-        per_token = sum(x.kv_heads * (x.key_dim + x.value_dim) for x in self.layers)
-        return per_token * self.dtype.itemsize
+        """Bytes of keys, values and scales of one token over all layers, without padding."""
+        pieces = [piece for layer in self.layers for piece in self._pieces(layer)]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in pieces) // self.block_size
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a page."""
-        return self._offsets()[-1]
+        pieces = [piece for layer in self.layers for piece in self._pieces(layer)]
+        return sum(_aligned_bytes(shape, dtype) for shape, dtype in pieces)
 
-    def _offsets(self) -> list[int]:
-        """Byte offset of each piece (K0, V0, K1, ...), and the page's size last."""
-        offsets = [0]
-        for layer in self.layers:
-            for dim in (layer.key_dim, layer.value_dim):
-                size = layer.kv_heads * self.block_size * dim * self.dtype.itemsize
-                end = offsets[-1] + size
-                offsets.append(math.ceil(end / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
-        return offsets
+    def _pieces(self, layer: LayerKV) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each piece of a layer: keys, values, and the scales of both if any."""
+        rows = (layer.kv_heads, self.block_size)
+        pieces: list[tuple[tuple[int, ...], torch.dtype]]
+        pieces = [((*rows, dim), self.dtype) for dim in (layer.key_dim, layer.value_dim)]
+        return pieces + [(rows, torch.float32)] * 2 if self.dtype.itemsize == 1 else pieces
 
     def allocate(
         self, num_blocks: int, device: torch.device | str, *, touch: bool = True
@@ -65,23 +86,23 @@ class KVLayout:
         make = torch.zeros if touch else torch.empty
         return make((num_blocks, self.block_bytes), dtype=torch.uint8, device=device)
 
-    def views(self, pages: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's ``k_cache`` and ``v_cache`` in ``pages``, sharing their memory.
+    def views(self, pages: torch.Tensor) -> list[LayerCaches]:
+        """Each layer's part of ``pages``, sharing their memory; the first stride is a page."""
+        layers, start = [], 0
+        for layer in self.layers:
+            views = []
+            for shape, dtype in self._pieces(layer):
+                first, length = start // dtype.itemsize, math.prod(shape)
+                piece = pages.view(dtype)[:, first : first + length]
+                views.append(piece.view(pages.shape[0], *shape))
+                start += _aligned_bytes(shape, dtype)
+            k_cache, v_cache, *scales = views
+            # Without scales there are none to name.
+            named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+            layers.append(LayerCaches(k_cache, v_cache, named))
+        return layers
 
-        Shapes are ``(blocks, kv_heads, block_size, key_dim)`` and
-        ``(blocks, kv_heads, block_size, value_dim)``, dtype ``self.dtype``; the first stride is a
-        whole page.
-        """
-        typed = pages.view(self.dtype)
-        itemsize = self.dtype.itemsize
-        pieces = []
-        offsets = self._offsets()
-        for index, layer in enumerate(self.layers):
-            pair = []
-            for which, dim in enumerate((layer.key_dim, layer.value_dim)):
-                start = offsets[2 * index + which] // itemsize
-                length = layer.kv_heads * self.block_size * dim
-                shape = (pages.shape[0], layer.kv_heads, self.block_size, dim)
-                pair.append(typed[:, start : start + length].view(shape))
-            pieces.append((pair[0], pair[1]))
-        return pieces
+
+def _aligned_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes from the beginning of a piece to that of the next."""
+    return math.ceil(math.prod(shape) * dtype.itemsize / _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

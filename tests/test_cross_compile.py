@@ -53,9 +53,8 @@ def attend(
     """Launch attention over ``lens``, (new tokens, tokens in all) of each sequence."""
     kv_dtype = kv_dtype or dtype
     layout = KVLayout((LayerKV(heads[1], head_dim, value_dim or head_dim),), 16, kv_dtype)
-    k_cache, v_cache = layout.views(layout.allocate(4, "cpu"))[0]
-    if kv_dtype.itemsize == 1:
-        features |= {name: torch.ones(k_cache.shape[:3]) for name in ("k_scale", "v_scale")}
+    k_cache, v_cache, scales = layout.views(layout.allocate(4, "cpu"))[0]
+    features |= scales
     starts = np.cumsum([0] + [query_len for query_len, _ in lens])
     metadata = AttentionMetadata.build(
         torch.zeros(len(lens), 4096, dtype=torch.int32),

@@ -182,14 +182,14 @@ class SwapWitness:
         self.manager.complete = self.complete
 
     def _bytes(self, sequence, num_tokens: int) -> list[torch.Tensor]:
-        """Keys and values of the first tokens, layer by layer."""
+        """Keys, values and scales of the first tokens, layer by layer."""
         if self.core._last_event is not None:
             self.core._last_event.result()  # launched steps still write
         table = torch.tensor(sequence.block_tables[0])
         return [
             cache[table].transpose(1, 2).flatten(0, 1)[:num_tokens].clone()
-            for pair in self.runner._caches
-            for cache in pair
+            for layer in self.runner._caches
+            for cache in (layer.k_cache, layer.v_cache, *layer.scales.values())
         ]
 
     def swap_out(self, sequence) -> bool:
@@ -221,10 +221,12 @@ class SwapWitness:
         return loaded
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_swapped_keys_and_values_come_back_byte_for_byte(llama, block_size):
+def test_swapped_keys_and_values_come_back_byte_for_byte(llama, block_size, kv_cache_dtype):
     settings = {
         "block_size": block_size,
+        "kv_cache_dtype": kv_cache_dtype,
         "num_gpu_blocks_override": 96 // block_size,
         "preemption_mode": "swap",
         "enable_prefix_caching": False,
@@ -234,6 +236,84 @@ def test_swapped_keys_and_values_come_back_byte_for_byte(llama, block_size):
         llm.generate(prompts_of(seed=13), GREEDY, use_tqdm=False)
         assert llm.stats()["num_recomputed_tokens"] == 0
     assert witness.num_compared >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_cache_dtype", "block_size"),
+    [
+        ("llama", "int8", 4),
+        ("llama", "fp8", 16),
+        ("gemma2", "int8", 16),
+        ("gpt_oss", "int8", 1),
+        ("deepseek_v3", "int8", 4),
+    ],
+)
+def test_preemption_changes_no_token_of_a_quantised_cache(
+    name, kv_cache_dtype, block_size, tmp_path, device
+):
+    if kv_cache_dtype == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 takes compute capability 8.9")
+    tiny_models.save(name, tmp_path)
+    settings = {"kv_cache_dtype": kv_cache_dtype, "block_size": block_size}
+    prompts = prompts_of(seed=13)
+    with open_llm(tmp_path, device, num_gpu_blocks_override=512 // block_size, **settings) as llm:
+        calm = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert llm.stats()["num_preemptions"] == 0
+    for mode in ("swap", "recompute"):
+        with open_llm(
+            tmp_path,
+            device,
+            num_gpu_blocks_override=96 // block_size,
+            preemption_mode=mode,
+            enable_prefix_caching=mode == "recompute",
+            **settings,
+        ) as llm:
+            pressed = llm.generate(prompts, GREEDY, use_tqdm=False)
+            stats = llm.stats()
+        assert stats["num_preemptions_swap" if mode == "swap" else "num_preemptions_recompute"] > 0
+        for one, other in zip(calm, pressed, strict=True):
+            assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_quantised_prefixes_are_found_and_copied_before_they_are_written(llama, monkeypatch):
+    prompt = [2 + i for i in range(30)]
+    copies = []
+    settings = {"block_size": 4, "kv_cache_dtype": "int8"}
+    with open_llm(llama, enable_prefix_caching=False, **settings) as llm:
+        alone = llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    with open_llm(llama, **settings) as llm:
+        launch = llm._core._runner.launch
+        monkeypatch.setattr(
+            llm._core._runner, "launch", lambda p: copies.extend(p.block_copies) or launch(p)
+        )
+        assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+        again = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
+        assert again.num_cached_tokens == 28
+        assert copies == []
+        # Three samples share a block with two of the prompt's tokens, and each goes on in its own.
+        three = SamplingParams(temperature=0, max_tokens=NEW_TOKENS - 2, n=3)
+        shared = llm.generate(prompt, three, use_tqdm=False)[0]
+        assert len(copies) == 2
+    assert again.outputs[0].token_ids == alone
+    assert [o.token_ids for o in shared.outputs] == [alone[: NEW_TOKENS - 2]] * 3
+
+
+def test_what_a_quantised_cache_takes_is_told_and_named_in_its_hashes(llama):
+    told, salts = {}, set()
+    for kv_cache_dtype in ("auto", "int8", "fp8", "fp8_e4m3"):
+        with open_llm(llama, kv_cache_dtype=kv_cache_dtype) as llm:
+            stats = llm.stats()
+            told[kv_cache_dtype] = (stats["kv_cache_dtype"], stats["kv_token_bytes"])
+            assert stats["kv_block_bytes"] == 16 * stats["kv_token_bytes"]
+            salts.add(llm._core.scheduler.manager._salt)
+    # Three layers of two heads with keys and values of eight numbers.
+    assert told == {
+        "auto": ("float32", 3 * 2 * 16 * 4),
+        "int8": ("int8", 3 * 2 * (16 + 8)),
+        "fp8": ("float8_e4m3fn", 3 * 2 * (16 + 8)),
+        "fp8_e4m3": ("float8_e4m3fn", 3 * 2 * (16 + 8)),
+    }
+    assert len(salts) == 3
 
 
 def test_seeded_tokens_do_not_depend_on_the_batch(llama):

@@ -89,7 +89,7 @@ class Inputs:
         num_blocks = int(self.counts.sum()) * self.num_sets
         pages = self.layout.allocate(num_blocks, bench.device)
         pages.view(bench.dtype).normal_()
-        self.k_cache, self.v_cache = self.layout.views(pages)[0]
+        self.k_cache, self.v_cache, _ = self.layout.views(pages)[0]
         self.q = torch.randn(
             batch.num_tokens, shape.heads, shape.head_dim, dtype=bench.dtype, device=bench.device
         )

@@ -128,12 +128,7 @@ def _write_kv(
         # Of a fused projection, as a model hands them over.
         fused = torch.randn(count, 6, kv_heads, head_dim, dtype=bench.dtype, device=bench.device)
         slots = torch.randperm(num_blocks * block_size)[:count].to(bench.device)
-        caches = layout.views(pages)[0]
-        scales = {}
-        if dtype.itemsize == 1:
-            shape = (num_blocks, kv_heads, block_size)
-            names = ("k_scale", "v_scale")
-            scales = {name: torch.zeros(shape, device=bench.device) for name in names}
+        *caches, scales = layout.views(pages)[0]
         new = (fused[:, 4], fused[:, 5])
         num_bytes = 2 * count * kv_heads * head_dim * (bench.dtype.itemsize + dtype.itemsize)
         if rotated:

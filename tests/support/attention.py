@@ -37,9 +37,7 @@ def quantised(
     A slot of NaN stays unreadable: its scale is NaN, and what it holds means nothing.
     """
     largest = 127.0 if dtype == torch.int8 else 448.0
-    # With strides of their own, as scales among the keys and values of a page have.
-    scales = torch.empty(*cache.shape[:3], 2)[..., 0]
-    scales.copy_(cache.float().abs().amax(-1) / largest)
+    scales = cache.float().abs().amax(-1) / largest
     scaled = (cache.float() / scales[..., None]).nan_to_num(77.0)
     stored = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
     return stored, scales, stored.float() * scales[..., None]
@@ -71,7 +69,7 @@ def make_batch(
     layout = KVLayout((LayerKV(1, 4, 4), LayerKV(kv_heads, head_dim, value_dim)), block_size, dtype)
     pages = layout.allocate(num_blocks, "cpu")
     pages.view(dtype).fill_(float("nan"))
-    k_cache, v_cache = layout.views(pages)[1]
+    k_cache, v_cache, _ = layout.views(pages)[1]
     free = torch.randperm(num_blocks, generator=generator).tolist()
     # Entries past a sequence's length are never used: make them ids that do not exist.
     tables = np.full((len(lens), max([1, *counts])), 10**6, dtype=np.int32)
@@ -91,25 +89,27 @@ def make_batch(
         starts.append(starts[-1] + query_len)
     # As a projection of q, k and v in one leaves it: a slice with strides of its own.
     q = rand(starts[-1] + num_padding_tokens, heads, 2 * head_dim)[..., :head_dim]
-    k_scale = v_scale = None
-    if kv_dtype is None:
-        k_cache, v_cache = layout.views(pages.to(device))[1]
-    else:
-        k_cache, k_scale, true_k = quantised(k_cache, kv_dtype)
-        v_cache, v_scale, true_v = quantised(v_cache, kv_dtype)
+    if kv_dtype is not None:
+        stored_k, k_scale, true_k = quantised(k_cache, kv_dtype)
+        stored_v, v_scale, true_v = quantised(v_cache, kv_dtype)
         for own_slots, key, value in zip(slots, keys, values, strict=True):
             for position, (block, offset) in enumerate(own_slots):
                 key[position] = true_k[block, :, offset]
                 value[position] = true_v[block, :, offset]
-        k_cache, v_cache, k_scale, v_scale = (
-            tensor.to(device) for tensor in (k_cache, v_cache, k_scale, v_scale)
-        )
+        layout = KVLayout(layout.layers, block_size, kv_dtype)
+        pages = layout.allocate(num_blocks, "cpu")
+        k_cache, v_cache, scales = layout.views(pages)[1]
+        k_cache.copy_(stored_k)
+        v_cache.copy_(stored_v)
+        scales["k_scale"].copy_(k_scale)
+        scales["v_scale"].copy_(v_scale)
+    k_cache, v_cache, scales = layout.views(pages.to(device))[1]
     metadata = AttentionMetadata.build(
         torch.tensor(tables, device=device),
         torch.tensor([seq_len for _, seq_len in lens], dtype=torch.int32, device=device),
         torch.tensor(starts, dtype=torch.int32, device=device),
     )
-    return Batch(q.to(device), keys, values, k_cache, v_cache, metadata, k_scale, v_scale)
+    return Batch(q.to(device), keys, values, k_cache, v_cache, metadata, **scales)
 
 
 def naive(

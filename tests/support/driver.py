@@ -39,11 +39,19 @@ def load(
 class Driver:
     """The least that a scheduler does: shuffled blocks, chunks, and one step of overlap."""
 
-    def __init__(self, model: LoadedModel, seed: int = 0, **execution: Any) -> None:
-        self.layout = KVLayout(model.kv_layers, BLOCK_SIZE, model.dtype)
+    def __init__(
+        self,
+        model: LoadedModel,
+        seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
+        **execution: Any,
+    ) -> None:
+        self.layout = KVLayout(model.kv_layers, BLOCK_SIZE, kv_dtype or model.dtype)
         self.pages = self.layout.allocate(NUM_BLOCKS, model.device)
-        # Whatever is read before it was written makes the output NaN.
-        self.pages.view(model.dtype).fill_(float("nan"))
+        # Whatever is read before it was written makes the output NaN: so are these bytes in every
+        # floating-point type, that of scales included.
+        self.pages.fill_(0xFF)
+        self.caches = self.layout.views(self.pages)
         self.runner = ModelRunner(
             model,
             self.pages,
