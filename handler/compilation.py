@@ -20,15 +20,25 @@ import json
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any, Literal
 
+import msgspec
 import torch
 import transformers
 import triton
 from torch import nn
 
-from pagetier.handler import fusion, paged_model, projections, quantised_linear
+from pagetier.handler import (
+    fusion,
+    graph_pieces,
+    paged_model,
+    projections,
+    quantised_linear,
+)
+from pagetier.handler.graph_pieces import Piece, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +77,11 @@ def eager_forward(model: Any) -> Forward:
 
 
 def compile_forward(
-    model: Any, backend: Backend = "inductor", *, by_kernels: bool = False
+    model: Any,
+    backend: Backend = "inductor",
+    *,
+    by_kernels: bool = False,
+    stream: Stream | None = None,
 ) -> Forward:
     """Make the model's forward pass one compiled graph, from the cache if it is there.
 
@@ -76,6 +90,7 @@ def compile_forward(
             at each call, but must stay the same tensors.
         backend: see ``Backend``.
         by_kernels: whether layers that ``projections`` swapped use our kernels.
+        stream: of layers whose weights come and go; the graph is cut where they begin and end.
 
     Returns:
         A function of any number of tokens and rows but none.
@@ -85,6 +100,8 @@ def compile_forward(
     """
     names, weights = _weights(model)
     with projections.by_kernels() if by_kernels else contextlib.nullcontext():
+        if stream is not None:
+            return _compile_pieces(model, backend, names, weights, stream)
         if backend == "graph":
             graph = _trace(model, names, weights)[0]
             return lambda *inputs: _first(graph(*weights, *inputs))
@@ -171,10 +188,14 @@ def _trace(
 
 def _compile(model: Any, names: list[str], weights: list[torch.Tensor]) -> Any:
     """The graph, compiled by inductor."""
+    return _compile_graph(*_trace(model, names, weights))
+
+
+def _compile_graph(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any = None) -> Any:
+    """A graph for these fake inputs, compiled by inductor."""
     from torch._inductor import standalone_compile
 
-    graph, inputs = _trace(model, names, weights)
-    mode = inputs[-1].fake_mode
+    mode = inputs[-1].fake_mode if mode is None else mode
     context = torch._guards.TracingContext(mode)
     # Shapes were checked when the batch was made: not again for each of hundreds of weights.
     options = {"config_patches": {"size_asserts": False, "alignment_asserts": False}}
@@ -182,6 +203,36 @@ def _compile(model: Any, names: list[str], weights: list[torch.Tensor]) -> Any:
         return standalone_compile(
             graph, inputs, dynamic_shapes="from_tracing_context", options=options
         )
+
+
+def _compile_pieces(
+    model: Any, backend: Backend, names: list[str], weights: list[torch.Tensor], stream: Stream
+) -> Forward:
+    """The forward pass of a model with streamed layers, from the cache if it is there."""
+    path = _cache_path(model, names, weights, layers=_places(model, stream.layers))
+    kept = _load_pieces(path) if backend == "inductor" and path.is_dir() else None
+    if kept is not None:
+        pieces, functions = kept
+    else:
+        with graph_pieces.marks(stream.layers), stream.paused():
+            graph, inputs = _trace(model, names, weights)
+        pieces, graphs = graph_pieces.cut(graph)
+        functions = graphs
+        if backend == "inductor":
+            mode = inputs[-1].fake_mode
+            functions = [_compile_graph(some, _fake_inputs(some), mode) for some in graphs]
+            _save_pieces(pieces, functions, path)
+    run = graph_pieces.run_pieces(pieces, functions, stream)
+    return lambda *inputs: _first(run(*weights, *inputs))
+
+
+def _fake_inputs(graph: torch.fx.GraphModule) -> list[Any]:
+    return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _places(model: nn.Module, layers: list[nn.Module]) -> list[str]:
+    names = {module: name for name, module in model.named_modules()}
+    return [names[layer] for layer in layers]
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -197,31 +248,37 @@ def cache_folder() -> pathlib.Path:
 
 
 def _cache_path(
-    model: Any, names: list[str], weights: list[torch.Tensor], by_kernels: bool = False
+    model: Any,
+    names: list[str],
+    weights: list[torch.Tensor],
+    by_kernels: bool = False,
+    layers: list[str] | None = None,
 ) -> pathlib.Path:
-    """The file of the graph that this model, on this device, with these versions compiles to."""
+    """The file of the graph that this model, on this device, with these versions compiles to.
+
+    ``layers`` are those that are pieces of their own; a folder then.
+    """
     device = weights[0].device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     settings = model.config.to_dict()
     settings.pop("_name_or_path", None)
+    modules = (fusion, graph_pieces, paged_model, projections, quantised_linear)
     facts = [
         torch.__version__,
         triton.__version__,
         transformers.__version__,
         name,
-        [
-            pathlib.Path(m.__file__ or "").read_text()
-            for m in (fusion, paged_model, projections, quantised_linear)
-        ],
+        [pathlib.Path(m.__file__ or "").read_text() for m in modules],
         pathlib.Path(__file__).read_text(),
         type(model).__name__,
         by_kernels,
+        layers,
         settings,
         [type(m).__name__ for m in model.modules()],
         [(n, str(w.dtype), tuple(w.shape)) for n, w in zip(names, weights, strict=True)],
     ]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_folder() / "compiled" / f"{digest[:32]}.bin"
+    return cache_folder() / "compiled" / f"{digest[:32]}.{'bin' if layers is None else 'pieces'}"
 
 
 def _load(path: pathlib.Path) -> Any:
@@ -248,3 +305,31 @@ def _save(compiled: Any, path: pathlib.Path) -> None:
         logger.warning(
             "The compiled graph cannot be kept; the next start compiles again (%s).", exc
         )
+
+
+def _save_pieces(pieces: list[Piece], compiled: list[Any], path: pathlib.Path) -> None:
+    """Keep pieces as a folder, complete or not at all; what hinders that is a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = pathlib.Path(folder) / "made"
+            made.mkdir()
+            for number, some in enumerate(compiled):
+                some.save(path=str(made / f"{number}.bin"), format="binary")
+            (made / "pieces.json").write_bytes(msgspec.json.encode(pieces))
+            shutil.rmtree(path, ignore_errors=True)
+            made.rename(path)
+    except Exception as exc:  # as above
+        logger.warning(
+            "The compiled pieces cannot be kept; the next start compiles again (%s).", exc
+        )
+
+
+def _load_pieces(path: pathlib.Path) -> tuple[list[Piece], list[Any]] | None:
+    """Kept pieces; None if they cannot be used."""
+    try:
+        pieces = msgspec.json.decode((path / "pieces.json").read_bytes(), type=list[Piece])
+    except Exception:
+        return None
+    compiled = [_load(path / f"{number}.bin") for number in range(len(pieces))]
+    return None if None in compiled else (pieces, compiled)

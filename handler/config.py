@@ -16,7 +16,7 @@ from pagetier.handler.errors import ConfigError
 
 # Names that vLLM's users know and whose feature does not exist here yet: refused, never ignored.
 NOT_SUPPORTED_YET = frozenset({
-    "cpu_offload_gb", "tensor_parallel_size", "skip_tokenizer_init",
+    "tensor_parallel_size", "skip_tokenizer_init",
 })  # fmt: skip
 
 
@@ -41,6 +41,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         gpu_memory_utilization: share of the GPU's memory used in all, in (0, 1].
         num_gpu_blocks_override: size of the GPU tier in blocks, instead of measuring.
         swap_space: size of the CPU tier in GiB; fractions are fine; 0 means none.
+        cpu_offload_gb: GiB of weights that are kept in host memory, and of GPU memory so gained;
+            rounded up to whole layers, which each step copies to the GPU in turn; 0 means none.
         preemption_mode: ``swap``, ``recompute``, or ``auto``: the cheaper one each time.
         enable_prefix_caching: share KV blocks of equal prefixes between requests.
         max_num_seqs: most sequences in a step.
@@ -83,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
     swap_space: float = 4.0
+    cpu_offload_gb: float = 0.0
     preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
     enable_prefix_caching: bool = True
     max_num_seqs: int = 256
@@ -153,7 +156,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "above 0 and at most 1",
         )
         require(0.0 <= self.max_prefill_ms < float("inf"), "max_prefill_ms", "0 ms or more")
-        require(0.0 <= self.swap_space < float("inf"), "swap_space", "0 GiB or more")
+        for key in ("swap_space", "cpu_offload_gb"):
+            require(0.0 <= getattr(self, key) < float("inf"), key, "0 GiB or more")
         for key in (
             "max_num_seqs",
             "max_num_batched_tokens",

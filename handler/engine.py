@@ -6,7 +6,7 @@ tokenisers and texts. An ordinary object: the engine process and the offline ``L
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pagetier.handler.errors import InvalidRequest, PromptTooLong
@@ -34,6 +34,7 @@ class EngineCore:
         vocab_size: token ids are below this.
         eos_token_ids: the model's own end-of-sequence tokens.
         info: limits and sizes found at start, for ``stats`` and the log.
+        close_last: called by ``close`` when the runner has ended.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class EngineCore:
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         info: dict[str, Any] | None = None,
+        close_last: Callable[[], object] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
@@ -55,6 +57,7 @@ class EngineCore:
         self._runner = runner
         self._link = link
         self._grammars = grammars
+        self._close_last = close_last
         self._in_flight: tuple[StepPlan, StepHandle] | None = None
         self._last_event: Any = None
 
@@ -180,3 +183,5 @@ class EngineCore:
             self._grammars.close()
         self._link.close()
         self._runner.close()
+        if self._close_last is not None:
+            self._close_last()

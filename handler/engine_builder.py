@@ -34,10 +34,15 @@ from pagetier.handler.tokenizer import Tokenizer
 from pagetier.handler.units import format_bytes
 from pagetier.handler.warm_up import warm_up
 from pagetier.offload import host_memory
-from pagetier.offload.calibrate import measure_link, measure_prefill
+from pagetier.offload.calibrate import (
+    measure_beside_copies,
+    measure_link,
+    measure_prefill,
+)
 from pagetier.offload.cost_model import CostModel
 from pagetier.offload.tiers import KVLayout
 from pagetier.offload.transfer import Link, make_link
+from pagetier.offload.weights import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +91,18 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
     say = progress or (lambda message: logger.info("%s", message))
     start = time.perf_counter()
     model = load_model(config, say)
+    try:
+        return _build(config, model, say, start)
+    except BaseException:
+        if model.stream is not None:
+            model.stream.close()
+        raise
+
+
+def _build(
+    config: EngineConfig, model: LoadedModel, say: Callable[[str], None], start: float
+) -> EngineCore:
+    """``build_engine`` with a loaded model; it began to be loaded at ``start``."""
     layout = choose_layout(config, model)
     execution = choose_execution(config, model, say)
 
@@ -140,6 +157,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         "host_memory_rung": host.rung,
         "link_bytes_per_second": cost_model.link_bytes_per_second,
         "prefill_flops_per_second": cost_model.flops_per_second,
+        "streamed_bytes_per_step": 0 if model.stream is None else model.stream.plan.streamed_bytes,
         "startup_seconds": time.perf_counter() - start,
     }
     say(
@@ -163,6 +181,7 @@ def build_engine(config: EngineConfig, progress: Callable[[str], None] | None = 
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         info=info,
+        close_last=None if model.stream is None else model.stream.close,
     )
 
 
@@ -219,9 +238,11 @@ def choose_execution(
         return Execution()
     if model.device.type == "cpu":
         say("Packing the weights")
-        pack(model.model)
+        pack(model.model, but=() if model.stream is None else model.stream.layers)
         return Execution()
     say("Compiling the model")
+    if model.stream is not None:
+        return _compile_streamed(model, model.stream, say)
     sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
     sizes = sorted({min(size, config.max_num_seqs) for size in sizes})
     try:
@@ -241,6 +262,21 @@ def choose_execution(
     except Exception as exc:  # a compiler's fault must not keep a model from being served
         logger.warning("Steps will be slower: compiling the model failed (%s).", exc, exc_info=exc)
         return Execution(graph_sizes=tuple(sizes))
+
+
+def _compile_streamed(
+    model: LoadedModel, stream: WeightStream, say: Callable[[str], None]
+) -> Execution:
+    """Compile a model whose layers are streamed: in pieces, and without graphs.
+
+    Where weights come over the link, a step takes so long that launching it costs nothing.
+    """
+    say("Decodes run compiled, but without CUDA graphs, since weights are streamed")
+    try:
+        return Execution(compile_forward(model.model, stream=stream))
+    except Exception as exc:  # not traceable, or a compiler's fault: the model can be served
+        logger.warning("Steps run operator by operator: compiling the model failed (%s).", exc)
+        return Execution()
 
 
 def _size_tiers(
@@ -335,11 +371,15 @@ def _measure_gpu_memory(
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
-    tensors = [*model.model.parameters(), *model.model.buffers()]
+    # By storage: the tensors of streamed layers share slots.
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in itertools.chain(model.model.parameters(), model.model.buffers())
+    }
     return GpuMemory(
         total=total,
         utilization=config.gpu_memory_utilization,
-        weights=sum(tensor.nbytes for tensor in tensors),
+        weights=sum(storages.values()),
         used=total - free,
         steps=step_bytes,
         graphs=graph_bytes,
@@ -382,7 +422,10 @@ def _calibrate(
     max_tokens = min(
         sizes.max_model_len - 1, config.max_num_batched_tokens, _MAX_CALIBRATION_TOKENS
     )
-    num_tokens, seconds = measure_prefill(run, max_tokens)
+    if model.stream is None:
+        num_tokens, seconds = measure_prefill(run, max_tokens)
+    else:
+        num_tokens, seconds = max_tokens, measure_beside_copies(run, max_tokens)
     rate = 1.0  # without a CPU tier nothing is ever copied
     if num_cpu_blocks:
         rate = measure_link(link, layout.block_bytes, sizes.num_gpu_blocks, num_cpu_blocks)

@@ -33,6 +33,8 @@ from pagetier.handler.quantised_linear import QuantisedLinear
 from pagetier.handler.units import format_bytes
 from pagetier.offload import host_memory
 from pagetier.offload.tiers import LayerKV
+from pagetier.offload.weight_plan import plan_weights
+from pagetier.offload.weights import WeightStream, find_layers, packed_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class LoadedModel:
         eos_token_ids: tokens that end a sequence.
         fingerprint: a hash of architecture, dtype and weights; equal only if keys and values are.
         num_parameters: without the embeddings at either end.
+        stream: of the layers whose weights lie in host memory; None if all are on the device.
     """
 
     model: nn.Module
@@ -90,6 +93,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     num_parameters: int
+    stream: WeightStream | None = None
 
     @property
     def kv_layers(self) -> tuple[LayerKV, ...]:
@@ -301,7 +305,7 @@ def load_model(
 
     Args:
         config: ``model``, ``dtype``, ``quantization``, ``device``, ``load_format``,
-            ``max_model_len``, ``seed`` and ``trust_remote_code`` are used.
+            ``max_model_len``, ``seed``, ``cpu_offload_gb`` and ``trust_remote_code`` are used.
         progress: called with a few words at the start of each stage.
         fuse: make linear layers that read the same tensor one.
 
@@ -322,41 +326,58 @@ def load_model(
             "max_model_len."
         )
     dtype = _resolve_dtype(config.dtype, hf_config, device)
-    free_bytes = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else host_memory.available_bytes()
-    )
+    free_bytes = {"cpu": host_memory.available_bytes()}
+    if device.type == "cuda":
+        free_bytes["cuda"] = torch.cuda.mem_get_info(device)[0]
+    weight_bytes = architecture.num_weights * _itemsize(dtype)
+    # Weights that are streamed stay on the host, where all else is done to them, too.
+    streams = config.cpu_offload_gb > 0
+    if streams:
+        _check_host_memory(config, architecture.num_weights, dtype, len(architecture.layers))
+    home = torch.device("cpu") if streams else device
     say("making random weights" if config.load_format == "dummy" else "reading the weights")
+    stream = None
     try:
         if config.load_format == "dummy":
-            model = _make_dummy(config, hf_config, dtype, device)
+            model = _make_dummy(config, hf_config, dtype, home)
         else:
-            model = _read_weights(config, hf_config, dtype, device)
+            model = _read_weights(config, hf_config, dtype, home)
+        model.eval().requires_grad_(False)
+        num_parameters = _num_parameters(model)
+        if fuse:
+            say("fusing projections")
+            fusion.fuse(model, architecture.fusible)
+            if config.projection_kernels == "triton" and not streams:
+                projections.swap(model)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the weights that were copied
+        # With a padding token, some models read their input back to warn of unmasked padding.
+        model.config.pad_token_id = None
+        model.config.get_text_config().pad_token_id = None
+        _pin_longrope(model, config.max_model_len or max_model_len)
+        say("hashing the weights")
+        fingerprint = _fingerprint(model)
+        if streams:
+            num_layers = text_config.num_hidden_layers
+            stream = _stream_weights(model, config.cpu_offload_gb, num_layers, device, say)
+            # Not the model's own, which refuses some that are quantised.
+            nn.Module.to(model, device)
     except RuntimeError as exc:
         if not _is_out_of_memory(exc):
             raise
-        where = "the GPU's memory" if device.type == "cuda" else "this machine's memory"
-        size = format_bytes(architecture.num_weights * (dtype or torch.bfloat16).itemsize)
+        if stream is not None:
+            stream.close()
+        is_on_host = device.type == "cpu" or "DefaultCPUAllocator" in str(exc)
+        where, free, advice = (
+            ("this machine's memory", free_bytes["cpu"], "")
+            if is_on_host
+            else ("the GPU's memory", free_bytes["cuda"], ", or raise cpu_offload_gb")
+        )
         raise ModelError(
-            f"The weights of '{config.model}', {size}, do not fit into {where}, of which "
-            f"{format_bytes(free_bytes)} was free; choose a smaller model or "
-            "a 16-bit dtype."
+            f"The weights of '{config.model}', {format_bytes(weight_bytes)}, do not fit into "
+            f"{where}, of which {format_bytes(free)} was free; choose a smaller model or "
+            f"a 16-bit dtype{advice}."
         ) from None
-    model.eval().requires_grad_(False)
-    num_parameters = _num_parameters(model)
-    if fuse:
-        say("fusing projections")
-        fusion.fuse(model, architecture.fusible)
-        if config.projection_kernels == "triton":
-            projections.swap(model)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the weights that were copied
-    # With a padding token, some models read their input back to warn of unmasked padding.
-    model.config.pad_token_id = None
-    model.config.get_text_config().pad_token_id = None
-    _pin_longrope(model, config.max_model_len or max_model_len)
-    say("hashing the weights")
     return LoadedModel(
         model=model,
         layers=architecture.layers,
@@ -365,9 +386,78 @@ def load_model(
         max_model_len=max_model_len,
         vocab_size=text_config.vocab_size,
         eos_token_ids=_eos_token_ids(model, text_config),
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint,
         num_parameters=num_parameters,
+        stream=stream,
     )
+
+
+def _check_host_memory(
+    config: EngineConfig, num_weights: int, dtype: torch.dtype | None, num_layers: int
+) -> None:
+    """Raise unless a model whose weights are streamed can be made in host memory.
+
+    Raises:
+        ModelError: it cannot; the sentence has the numbers.
+    """
+    # Not all weights of a quantised model are, so it takes somewhat more.
+    bits = {"int8": 8, "int4": 4}.get(config.quantization or "", 8 * _itemsize(dtype))
+    model_bytes = num_weights * bits // 8
+    needed = model_bytes + model_bytes // num_layers
+    available = host_memory.available_bytes()
+    if needed > available:
+        raise ModelError(
+            f"Streaming the weights of '{config.model}' takes {format_bytes(needed)} of host "
+            f"memory while it starts, the model and one layer, but {format_bytes(available)} is "
+            "available; free host memory, raise the container's limit, or set cpu_offload_gb to 0."
+        )
+
+
+def _stream_weights(
+    model: nn.Module,
+    cpu_offload_gb: float,
+    num_layers: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> WeightStream | None:
+    """Take the weights of as many layers as is wanted off the device.
+
+    Raises:
+        ConfigError: the model's layers are not one list of modules.
+    """
+    layers = find_layers(model, num_layers)
+    if not layers:
+        raise ConfigError(
+            "The setting 'cpu_offload_gb' cannot be used with this model, whose layers are not one "
+            "list of modules; set it to 0.",
+            param="cpu_offload_gb",
+        )
+    wanted = int(cpu_offload_gb * 2**30)
+    plan = plan_weights(packed_bytes(model, layers), wanted)
+    if plan.freed_bytes < wanted:
+        logger.warning(
+            "Streaming frees %s, not the %s of cpu_offload_gb: that is all of the model's %d "
+            "layers can free.",
+            format_bytes(plan.freed_bytes),
+            format_bytes(wanted),
+            num_layers,
+        )
+    if not plan.layers:
+        return None
+    count = len(plan.layers)
+    stream = WeightStream(
+        model,
+        layers,
+        plan,
+        device,
+        progress=lambda done: say(f"packing the weights of streamed layer {done} of {count}"),
+    )
+    say(
+        f"{count} of {num_layers} layers are streamed: {format_bytes(plan.streamed_bytes)} stay in "
+        f"host memory ({stream.rung}), and {plan.num_slots} slots take "
+        f"{format_bytes(plan.num_slots * plan.slot_bytes)}"
+    )
+    return stream
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -391,6 +481,10 @@ def _resolve_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dty
         return torch.float32
     own: torch.dtype | None = hf_config.dtype or hf_config.get_text_config().dtype
     return own
+
+
+def _itemsize(dtype: torch.dtype | None) -> int:
+    return (dtype or torch.bfloat16).itemsize
 
 
 def _read_config(config: EngineConfig) -> Any:

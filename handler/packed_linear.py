@@ -7,6 +7,7 @@ torch, takes weights that were rearranged once.
 """
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -39,8 +40,10 @@ class PackedLinear(nn.Module):
 
 
 @torch.no_grad()
-def pack(model: nn.Module) -> int:
+def pack(model: nn.Module, but: Collection[nn.Module] = ()) -> int:
     """Pack a model's float32 linear layers, in place; returns how many.
+
+    ``but`` are modules to be left as they are, with all that is in them: their weights come and go.
 
     Layer by layer, so that the peak is the model and one layer. A weight that another module has
     too, as that of tied embeddings, stays beside its packed copy.
@@ -48,7 +51,10 @@ def pack(model: nn.Module) -> int:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     num_packed = 0
+    left = {inner for module in but for inner in module.modules()}
     for name, module in list(model.named_modules()):
+        if module in left:
+            continue
         is_fused = isinstance(module, fusion.FusedPart) and module.is_owner
         if not is_fused and type(module) is not nn.Linear:
             continue

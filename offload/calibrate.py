@@ -12,6 +12,7 @@ from pagetier.offload.transfer import Link
 _LINK_TEST_BYTES = 64 << 20
 _LINK_TIMEOUT_SECONDS = 5.0
 _ENOUGH_SECONDS = 0.05
+_LEAST_SHARE = 0.05
 
 
 def measure_link(link: Link, block_bytes: int, num_gpu_blocks: int, num_cpu_blocks: int) -> float:
@@ -64,3 +65,22 @@ def measure_prefill(run: Callable[[int], None], max_tokens: int) -> tuple[int, f
         if num_tokens == max_tokens or seconds >= _ENOUGH_SECONDS:
             return num_tokens, seconds
         num_tokens = min(num_tokens * 4, max_tokens)
+
+
+def measure_beside_copies(run: Callable[[int], None], num_tokens: int) -> float:
+    """The seconds that a prompt adds to a step which waits for streamed weights.
+
+    Such a step takes no less for one token. What is hidden behind its copies is not free, so it
+    counts at least ``_LEAST_SHARE`` of the step.
+
+    Args:
+        run: see ``measure_prefill``.
+        num_tokens: of the prompt.
+    """
+    run(num_tokens)
+    seconds = []
+    for count in (1, num_tokens):
+        start = time.perf_counter()
+        run(count)
+        seconds.append(time.perf_counter() - start)
+    return max(seconds[1] - seconds[0], _LEAST_SHARE * seconds[1])

@@ -1,7 +1,7 @@
 """How much host memory may be taken, and the CPU tier's pages in it, pinned where that works.
 
-Owns the budget (what psutil and the control group leave), the allocation of the CPU tier and its
-registration with CUDA. Knows nothing of blocks' contents or of copies.
+Owns the budget (what psutil and the control group leave), the allocation of the CPU tier and the
+registration of memory with CUDA. Knows nothing of what the memory holds or of copies.
 
 Fallbacks, in order; the one in use is the ``rung``::
 
@@ -37,7 +37,7 @@ _CGROUP_FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class HostPages:
-    """The CPU tier's pages, uint8 ``[blocks, block_bytes]``, and how they were had.
+    """Host memory as pages, uint8 ``[blocks, block_bytes]``, and how it was had.
 
     ``close`` before the pages are freed: memory that is freed while it is registered makes every
     later registration of its addresses fail.
@@ -87,10 +87,16 @@ def allocate_cpu_tier(layout: KVLayout, num_blocks: int, *, pin: bool) -> HostPa
     pages = layout.allocate(num_blocks, "cpu", touch=pin)
     if num_blocks == 0:
         return HostPages(pages, "none")
-    if pin and (registered := _register(pages)):
+    return pinned(pages) if pin else HostPages(pages, "pageable")
+
+
+def pinned(pages: torch.Tensor) -> HostPages:
+    """Pin these pages, uint8 ``[blocks, block_bytes]``, or say that they cannot be."""
+    if registered := _register(pages):
         return HostPages(pages, "pinned", registered)
-    if pin:
-        logger.warning("Host memory for the CPU tier cannot be pinned: copies will be slower.")
+    logger.warning(
+        "%.2f GiB of host memory cannot be pinned: copies will be slower.", pages.nbytes / 2**30
+    )
     return HostPages(pages, "pageable")
 
 

@@ -6,19 +6,15 @@ import pathlib
 import pytest
 import torch
 from support import tiny_models
-from support.driver import load
+from support.driver import load, logits
 
-from pagetier import kernels
 from pagetier.handler import compilation
 from pagetier.handler.compilation import (
-    Forward,
     NotTraceable,
     compile_forward,
     eager_forward,
 )
 from pagetier.handler.model_loader import LoadedModel
-from pagetier.handler.paged_model import ForwardContext, forward_context
-from pagetier.offload.tiers import KVLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
@@ -26,25 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 ONLY_IN_BFLOAT16 = {"deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe"}
 # New tokens of each sequence of a batch; the last one has a single token in all.
 BATCHES = ([3, 5, 9], [2, 2], [1] * 5, [8, 3, 1, 1], [1])
-
-
-def logits(model: LoadedModel, forward: Forward, lens: list[int]) -> torch.Tensor:
-    """Of each sequence's last token, on fresh blocks."""
-    layout = KVLayout(model.kv_layers, 4, model.dtype)
-    pages = layout.allocate(4 * len(lens), model.device)
-    query_start_loc = torch.tensor([0, *lens]).cumsum(0)
-    owner = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
-    positions = torch.arange(sum(lens)) - query_start_loc[owner]
-    tables = torch.randperm(4 * len(lens), generator=torch.Generator().manual_seed(1))
-    tables = tables.view(-1, 4).int()
-    slots = tables[owner, positions // 4].long() * 4 + positions % 4
-    metadata = kernels.AttentionMetadata.build(
-        tables, torch.tensor(lens, dtype=torch.int32), query_start_loc.int()
-    )
-    token_ids = torch.arange(sum(lens)) * 7 % tiny_models.VOCABULARY
-    context = ForwardContext(layout.views(pages), slots, metadata)
-    with torch.inference_mode(), forward_context(context):
-        return forward(token_ids[None], positions[None], query_start_loc[1:] - 1)
 
 
 @pytest.mark.parametrize("name", tiny_models.EXACT)

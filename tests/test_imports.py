@@ -39,6 +39,7 @@ WITHOUT_TORCH = [
     "handler.torchserve",
     "handler.units",
     "offload.cost_model",
+    "offload.weight_plan",
 ]
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from pagetier.offload.calibrate import measure_link, measure_prefill
+from pagetier.offload.calibrate import measure_beside_copies, measure_link, measure_prefill
 from pagetier.offload.host_memory import allocate_cpu_tier
 from pagetier.offload.tiers import KVLayout, LayerKV
 from pagetier.offload.transfer import Completion, CudaLink, Link, ThreadLink, merge_runs
@@ -151,3 +151,16 @@ def test_prefill_is_measured_on_enough_tokens():
     assert num_tokens == 300
     assert seconds >= 0
     assert calls == [16, 16, 64, 256, 300]
+
+
+def test_a_prompt_counts_as_what_it_adds_to_the_copies_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def run(num_tokens: int) -> None:
+        clock[0] += max(0.2, num_tokens * 1e-3)
+
+    assert measure_beside_copies(run, 10) == pytest.approx(0.05 * 0.2)
+    assert measure_beside_copies(run, 800) == pytest.approx(0.6)

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from pagetier import kernels
+from pagetier.handler.compilation import Forward
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.messages import AddRequest
 from pagetier.handler.model_loader import LoadedModel, load_model
 from pagetier.handler.model_runner import ModelRunner
+from pagetier.handler.paged_model import ForwardContext, forward_context
 from pagetier.handler.sampling_params import SamplingParams
 from pagetier.handler.sequence import Sequence
 from pagetier.handler.step import ScheduledSequence, StepHandle, StepPlan
@@ -161,3 +164,22 @@ def generate(model: Any, prompt: list[int], new_tokens: int) -> tuple[list[int],
         return_dict_in_generate=True,
     )
     return output.sequences[0].tolist(), torch.cat(output.logits).float().cpu()
+
+
+def logits(model: LoadedModel, forward: Forward, lens: list[int]) -> torch.Tensor:
+    """Of the last tokens of sequences with so many new tokens, on fresh blocks."""
+    layout = KVLayout(model.kv_layers, 4, model.dtype)
+    pages = layout.allocate(4 * len(lens), model.device)
+    query_start_loc = torch.tensor([0, *lens]).cumsum(0)
+    owner = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+    positions = torch.arange(sum(lens)) - query_start_loc[owner]
+    tables = torch.randperm(4 * len(lens), generator=torch.Generator().manual_seed(1))
+    tables = tables.view(-1, 4).int()
+    slots = tables[owner, positions // 4].long() * 4 + positions % 4
+    metadata = kernels.AttentionMetadata.build(
+        tables, torch.tensor(lens, dtype=torch.int32), query_start_loc.int()
+    )
+    token_ids = torch.arange(sum(lens)) * 7 % tiny_models.VOCABULARY
+    context = ForwardContext(layout.views(pages), slots, metadata)
+    with torch.inference_mode(), forward_context(context):
+        return forward(token_ids[None], positions[None], query_start_loc[1:] - 1)
