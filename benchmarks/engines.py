@@ -150,7 +150,10 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
     ):
         stats[name] = 1 - filled / max(1, stats.pop(key))
     stats["mean_running_batch"] = stats["num_scheduled_sequences"] / max(1, stats["num_steps"])
-    keys = ("num_gpu_blocks", "num_cpu_blocks", "link_bytes_per_second", "prefill_flops_per_second")
+    keys = (
+        "num_gpu_blocks", "num_cpu_blocks", "link_bytes_per_second", "prefill_flops_per_second",
+        "streamed_bytes_per_step",
+    )  # fmt: skip
     return {**stats, **{key: after[key] for key in keys}}
 
 

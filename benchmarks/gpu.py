@@ -200,9 +200,40 @@ def throughput(session: Session, engine: str, shape: str, worker: Worker) -> Non
         measure(f"{length} in, {length} out", workloads.equal(count, length, length, "equal"))
 
 
+def streamed(session: Session) -> None:
+    """Steps of a model half of whose weights are streamed, against what their copies take."""
+    args = session.args
+    options = {**_options("pagetier", args), "cpu_offload_gb": 2e-4 if args.toy else 8}
+    options["swap_space"] = 0.01 if args.toy else 1  # so that the link's rate is measured
+    shape, num_new = ("tiny-deep", 9) if args.toy else ("llama-8b", 33)
+
+    def work(worker: Worker) -> None:
+        worker.run(workloads.mixed(8, 16, 24, "warm-up"))
+        for batch in (1, 16, 64):
+            begun = worker.run(workloads.equal(batch, 16, 1, f"begun {batch}")).seconds
+            result = worker.run(workloads.equal(batch, 16, num_new, f"streamed {batch}"))
+            seconds = (result.seconds - begun) / (num_new - 1)
+            bytes_per_step = result.stats["streamed_bytes_per_step"]
+            bound = bytes_per_step / result.stats["link_bytes_per_second"]
+            session.tell(
+                "streamed weights",
+                "pagetier",
+                shape,
+                batch=batch,
+                streamed_bytes=bytes_per_step,
+                ms_per_step=round(1e3 * seconds, 2),
+                bound_ms=round(1e3 * bound, 2),
+                of_bound=round(bound / seconds, 3),
+            )
+
+    session.ask("pagetier", shape, work, **options)
+
+
 def run(session: Session) -> None:
     """Ask everything, as long as there is time."""
     args = session.args
+    if "pagetier" in args.engine and "streamed" in args.only:
+        streamed(session)
     if "pagetier" in args.engine and "check" in args.only:
         check_tokens(session)
     for engine in args.engine:
@@ -229,9 +260,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.gpu",
         description="Asks a GPU machine whether graphs change tokens, and how fast engines are.",
     )
-    parts = ("check", "opt-125m", "llama-1b", "llama-8b")
+    parts = ("check", "opt-125m", "llama-1b", "llama-8b", "streamed")
     parser.add_argument("--engine", action="append", choices=engines.NAMES)
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts[:-1]))
     parser.add_argument("--seconds", type=float, default=360, help="limit of the whole command")
     parser.add_argument("--toy", action="store_true", help="tiny shapes, to try the command itself")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON")

@@ -25,6 +25,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 512,
     },
+    "tiny-deep": {
+        **_LLAMA,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
     "opt-125m": {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
