@@ -145,6 +145,19 @@ def test_pressure_preempts_and_compares_with_as_many_sequences(tmp_path):
     assert all(1 <= row["max_num_seqs with ample KV"] < 8 for row in rows)
 
 
+def test_rounded_keys_and_values_are_compared_with_exact_ones(tmp_path):
+    done = run_module(
+        "kv_rounding", "--device", "cpu", "--num", 2, "--new-tokens", 4, "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "kv_rounding.json").read_text())["results"]
+    assert list(results) == ["auto", "int8", "fp8"]
+    assert results["auto"]["off_99_percent"] == 0
+    assert results["auto"]["num_equal_outputs"] == results["auto"]["num_outputs"] == 2
+    assert 0 < results["int8"]["off_median"] < results["fp8"]["off_median"] < 0.1
+    assert results["int8"]["kv_token_bytes"] < 0.3 * results["auto"]["kv_token_bytes"]
+
+
 def test_every_kernel_case_runs_at_a_toy_size(tmp_path):
     # FlashAttention-3 cannot run here: this only shows that it would be called, and how.
     peer = tmp_path / "flash_attn_interface.py"

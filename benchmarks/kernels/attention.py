@@ -24,7 +24,8 @@ from benchmarks.kernels.bench import (
 from benchmarks.kernels.timing import Launch
 from pagetier import kernels
 from pagetier.kernels import AttentionMetadata, reference
-from pagetier.offload.tiers import KVLayout, LayerKV
+from pagetier.kernels.reference.kv_write import quantise
+from pagetier.offload.tiers import KVLayout, LayerCaches, LayerKV
 
 Lens = Sequence[tuple[int, int]]  # (new tokens, tokens in all) of each sequence
 
@@ -112,6 +113,19 @@ class Inputs:
             host_query_start_loc=starts,
         )
 
+    def quantised(self, dtype: torch.dtype) -> LayerCaches:
+        """The cache in 8 bits, in pages of its own."""
+        layout = dataclasses.replace(self.layout, dtype=dtype)
+        caches = layout.views(layout.allocate(self.k_cache.shape[0], self.bench.device))[0]
+        for cache, name, exact in (
+            (caches.k_cache, "k_scale", self.k_cache),
+            (caches.v_cache, "v_scale", self.v_cache),
+        ):
+            numbers, scale = quantise(exact, dtype)
+            cache.copy_(numbers)
+            caches.scales[name].copy_(scale)
+        return caches
+
     def launches(
         self, k_cache: torch.Tensor, v_cache: torch.Tensor, **more: object
     ) -> list[Launch]:
@@ -188,13 +202,13 @@ def _quantised(name: str, dtype: torch.dtype, lens: Lens) -> Case:
         inputs = Inputs(bench, batch)
         wide = inputs.launches(inputs.k_cache, inputs.v_cache)
         wide_seconds = bench.seconds(wide)
-        (keys, k_scale), (values, v_scale) = (
-            quantise(cache, dtype) for cache in (inputs.k_cache, inputs.v_cache)
-        )
-        launches = inputs.launches(keys, values, k_scale=k_scale, v_scale=v_scale)
+        keys, values, scales = inputs.quantised(dtype)
+        launches = inputs.launches(keys, values, **scales)
         seconds = bench.seconds(launches)
         # The reference sees what the kernel reads, made wide again.
-        expected = inputs.expected(_widen(keys, k_scale, bench), _widen(values, v_scale, bench))
+        expected = inputs.expected(
+            _widen(keys, scales["k_scale"], bench), _widen(values, scales["v_scale"], bench)
+        )
         return _rate(bench, batch, seconds, keys.dtype) | {
             "error": relative_error(launches[0](), expected),
             "bf16 us": wide_seconds * 1e6,
@@ -202,14 +216,6 @@ def _quantised(name: str, dtype: torch.dtype, lens: Lens) -> Case:
         }
 
     return Case(f"{name} KV, decode 256 x 900", measure, (Target("bf16 / ours", at_least=1.7),))
-
-
-def quantise(cache: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache of 8 bits, and its scales, float32 ``(blocks, kv_heads, block_size)``."""
-    is_int8 = dtype == torch.int8
-    scale = cache.abs().amax(-1).float().clamp_min(1e-6) / (127 if is_int8 else 448)
-    scaled = cache / scale[..., None]
-    return (scaled.round() if is_int8 else scaled).to(dtype), scale
 
 
 def _has_fp8(device: torch.device) -> bool:

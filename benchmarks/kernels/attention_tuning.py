@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import benchmarks
-from benchmarks.kernels.attention import Batch, Heads, Inputs, quantise, ragged_lens
+from benchmarks.kernels.attention import Batch, Heads, Inputs, ragged_lens
 from benchmarks.kernels.bench import Bench, Tuned
 from pagetier.kernels import tuning
 from pagetier.kernels.attention import kv_name
@@ -92,9 +92,8 @@ def _launches(bench: Bench, batch: Batch, dtype: torch.dtype | None) -> list[Any
     inputs = Inputs(bench, batch.fit(bench))
     if dtype is None:
         return inputs.launches(inputs.k_cache, inputs.v_cache)
-    keys, k_scale = quantise(inputs.k_cache, dtype)
-    values, v_scale = quantise(inputs.v_cache, dtype)
-    return inputs.launches(keys, values, k_scale=k_scale, v_scale=v_scale)
+    keys, values, scales = inputs.quantised(dtype)
+    return inputs.launches(keys, values, **scales)
 
 
 def _compile(job: tuple[Bench, str, int, torch.dtype | None, list[Tile]]) -> None:
