@@ -28,7 +28,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tokenizer: likewise; None takes the model's.
         dtype: of weights and activations; ``auto`` is the checkpoint's own, on a CPU float32.
         quantization: ``int8`` or ``int4`` rounds the weights of linear layers as they are read, to
-            a half or a quarter of their bytes in 16 bits; None leaves them as they are.
+            a half or a quarter of their bytes in 16 bits. None leaves them as they are; weights
+            that are quantised already (``gptq``, ``awq``, ``compressed-tensors``) are recognised.
         quantization_group_size: neighbouring weights that share a scale: a power of two from 32 on,
             or 0 for all of an output's; None is 128 for ``int4`` and 0 for ``int8``.
         kv_cache_dtype: of keys and values in both tiers; ``auto`` is that of the activations,
@@ -76,7 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    quantization: Literal["int8", "int4"] | None = None
+    quantization: Literal["int8", "int4", "gptq", "awq", "compressed-tensors"] | None = None
     quantization_group_size: int | None = None
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto"
     seed: int = 0

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from pagetier.handler import quantised_linear
 from pagetier.handler.compilation import Forward, NotTraceable, compile_forward
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.cuda_graphs import default_sizes
@@ -133,6 +134,7 @@ def _build(
     if gpu_pages.is_cuda:
         say("Compiling what requests may ask for")
         warm_up(gpu_pages, model.vocab_size, model.dtype)
+        quantised_linear.warm_up(model.model, model.dtype)
     link = make_link(gpu_pages, host)
     say("Measuring what swapping and recomputing cost")
     cost_model = _calibrate(config, model, layout, sizes, runner, link, num_cpu_blocks)

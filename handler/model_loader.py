@@ -26,7 +26,13 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pagetier.handler import fusion, paged_model, projections, quantisation
+from pagetier.handler import (
+    checkpoint_formats,
+    fusion,
+    paged_model,
+    projections,
+    quantisation,
+)
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
 from pagetier.handler.quantised_linear import QuantisedLinear
@@ -206,10 +212,10 @@ def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Ar
 def _check_settings(hf_config: Any, text_config: Any) -> None:
     if hf_config.is_encoder_decoder:
         raise _Refused("it is an encoder-decoder; only decoders are served")
-    method = getattr(hf_config, "quantization_config", None)
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method.quant_method
-        raise _Refused(f"its weights are quantised ('{name}'), which cannot be read yet")
+    settings = quantisation.settings_of(hf_config)
+    refused = settings and checkpoint_formats.refusal(settings)
+    if refused:
+        raise _Refused(refused)
     kinds = set(getattr(text_config, "layer_types", None) or ())
     foreign = sorted(kinds - {"full_attention", "sliding_attention"})
     if foreign:
@@ -326,22 +332,24 @@ def load_model(
             "max_model_len."
         )
     dtype = _resolve_dtype(config.dtype, hf_config, device)
+    plan = quantisation.plan(config, hf_config)
     free_bytes = {"cpu": host_memory.available_bytes()}
     if device.type == "cuda":
         free_bytes["cuda"] = torch.cuda.mem_get_info(device)[0]
-    weight_bytes = architecture.num_weights * _itemsize(dtype)
+    itemsize = quantisation.bytes_per_weight(plan) or _itemsize(dtype)
+    weight_bytes = int(architecture.num_weights * itemsize)
     # Weights that are streamed stay on the host, where all else is done to them, too.
     streams = config.cpu_offload_gb > 0
     if streams:
-        _check_host_memory(config, architecture.num_weights, dtype, len(architecture.layers))
+        _check_host_memory(config.model, weight_bytes, len(architecture.layers))
     home = torch.device("cpu") if streams else device
     say("making random weights" if config.load_format == "dummy" else "reading the weights")
     stream = None
     try:
         if config.load_format == "dummy":
-            model = _make_dummy(config, hf_config, dtype, home)
+            model = _make_dummy(config, hf_config, dtype, home, plan)
         else:
-            model = _read_weights(config, hf_config, dtype, home)
+            model = _read_weights(config, hf_config, dtype, home, plan)
         model.eval().requires_grad_(False)
         num_parameters = _num_parameters(model)
         if fuse:
@@ -392,22 +400,18 @@ def load_model(
     )
 
 
-def _check_host_memory(
-    config: EngineConfig, num_weights: int, dtype: torch.dtype | None, num_layers: int
-) -> None:
+def _check_host_memory(name: str, model_bytes: int, num_layers: int) -> None:
     """Raise unless a model whose weights are streamed can be made in host memory.
 
     Raises:
         ModelError: it cannot; the sentence has the numbers.
     """
     # Not all weights of a quantised model are, so it takes somewhat more.
-    bits = {"int8": 8, "int4": 4}.get(config.quantization or "", 8 * _itemsize(dtype))
-    model_bytes = num_weights * bits // 8
     needed = model_bytes + model_bytes // num_layers
     available = host_memory.available_bytes()
     if needed > available:
         raise ModelError(
-            f"Streaming the weights of '{config.model}' takes {format_bytes(needed)} of host "
+            f"Streaming the weights of '{name}' takes {format_bytes(needed)} of host "
             f"memory while it starts, the model and one layer, but {format_bytes(available)} is "
             "available; free host memory, raise the container's limit, or set cpu_offload_gb to 0."
         )
@@ -549,7 +553,11 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _read_weights(
-    config: EngineConfig, hf_config: Any, dtype: torch.dtype | None, device: torch.device
+    config: EngineConfig,
+    hf_config: Any,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    plan: quantisation.Plan | None,
 ) -> Any:
     """The model with its weights, read straight to ``device``.
 
@@ -557,22 +565,17 @@ def _read_weights(
     the names that older checkpoints use and the experts that are to be merged.
     """
     name = config.model
-    rounding = quantisation.plan(config)
-    quantised = {}
-    if rounding is not None:
-        quantised["quantization_config"] = quantisation.as_transformers(rounding)
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), quantisation.errors_as_they_were():
             model, report = AutoModelForCausalLM.from_pretrained(
                 name,
-                config=hf_config,
                 dtype="auto" if dtype is None else dtype,
                 attn_implementation=paged_model.ATTENTION,
                 device_map={"": device},
                 use_safetensors=True if config.load_format == "safetensors" else None,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
-                **quantised,
+                **quantisation.arguments(hf_config, plan),
             )
     except ModelError:
         raise
@@ -606,22 +609,25 @@ def _is_out_of_memory(exc: Exception) -> bool:
 
 
 def _make_dummy(
-    config: EngineConfig, hf_config: Any, dtype: torch.dtype | None, device: torch.device
+    config: EngineConfig,
+    hf_config: Any,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    plan: quantisation.Plan | None,
 ) -> Any:
     """The model with random weights, made in place on ``device`` by its own initialisation."""
     devices = [device] if device.type == "cuda" else []
-    rounding = quantisation.plan(config)
     with torch.random.fork_rng(devices), _quiet_transformers():
         torch.manual_seed(config.seed)
-        with device if rounding is None else torch.device("meta"):
+        with device if plan is None else torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(hf_config),
                 attn_implementation=paged_model.ATTENTION,
                 dtype=dtype or torch.float32,
                 trust_remote_code=config.trust_remote_code,
             )
-        if rounding is not None:
-            quantisation.make_random(model, rounding, device)
+        if isinstance(plan, quantisation.Rounding):
+            quantisation.make_random(model, plan, device)
     # Without files beside config.json there may be nothing but its defaults.
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(config.model)
@@ -690,6 +696,8 @@ def _num_parameters(model: Any) -> int:
     head = model.get_output_embeddings()
     if head is not None:
         outer |= {id(p) for p in head.parameters()}
-    quantised = sum(m.num_weights for m in model.modules() if isinstance(m, QuantisedLinear))
+    quantised = sum(
+        m.num_weights for m in model.modules() if isinstance(m, QuantisedLinear) and m is not head
+    )
     plain = sum(p.numel() for p in model.parameters() if id(p) not in outer)
     return int(quantised + plain)

@@ -4,16 +4,22 @@ Owns the plan (what the setting ``quantization`` and the checkpoint ask for), it
 hook by which transformers lets a loader take over weights. Knows nothing of numbers: rounding is
 ``quantised_linear``'s.
 
-Plain ``nn.Linear`` layers are quantised, except the output embedding. What is no such layer stays
+A checkpoint that is quantised already (``checkpoint_formats``) says by the names of its tensors
+which layers are; each is converted once all are read. Of any other, plain ``nn.Linear`` layers are
+quantised, except the output embedding. What is no such layer stays
 as it is: embeddings, norms, experts that are one tensor for all, GPT-2's transposed layers. Each
-weight is read, rounded and dropped before the next one is read, so the peak is the quantised model,
-the layer at hand, and what its rounding takes, part by part.
+weight is read, rounded and dropped before the next one is read. So the peak is the quantised model,
+and a layer in full with what its rounding takes, part by part; or a layer's numbers, unpacked.
 """
 
+import contextlib
+import copy
 import dataclasses
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
@@ -21,8 +27,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pagetier.handler import checkpoint_formats
 from pagetier.handler.config import EngineConfig
-from pagetier.handler.errors import ModelError
+from pagetier.handler.errors import ConfigError, ModelError
 from pagetier.handler.quantised_linear import QuantisedLinear
 
 logger = logging.getLogger(__name__)
@@ -48,14 +55,62 @@ class Rounding:
 _ROUNDINGS = {"int8": Rounding(8, 0, True), "int4": Rounding(4, 128, False)}
 
 
-def plan(config: EngineConfig) -> Rounding | None:
-    """How the model's weights are to be quantised; None is not at all."""
-    if config.quantization is None:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The ``quantization_config`` of a checkpoint that is quantised already."""
+
+    settings: Mapping[str, Any]
+
+
+Plan = Rounding | Stored
+
+
+def settings_of(hf_config: Any) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a model's configuration, or None."""
+    for part in (hf_config, hf_config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            return dict(settings if isinstance(settings, dict) else settings.to_dict())
+    return None
+
+
+def plan(config: EngineConfig, hf_config: Any) -> Plan | None:
+    """How the model's weights are to be quantised, or are; None is not at all.
+
+    Raises:
+        ConfigError: the settings and the checkpoint do not agree.
+    """
+    wanted, settings = config.quantization, settings_of(hf_config)
+    method = None if settings is None else settings["quant_method"]
+    problem = None
+    if settings is not None and wanted not in (None, method):
+        problem = f"is '{wanted}', but the weights are quantised already, by '{method}'; remove it"
+    elif settings is not None and config.load_format == "dummy":
+        problem = f"cannot be '{method}' for random weights; take a model that is not quantised"
+    elif settings is None and wanted is not None and wanted not in _ROUNDINGS:
+        problem = (
+            f"is '{wanted}', but the weights are not quantised; remove it, or set 'int8' or 'int4'"
+        )
+    if problem is not None:
+        raise ConfigError(f"The setting 'quantization' {problem}.", param="quantization")
+    if settings is not None:
+        return Stored(settings)
+    if wanted is None:
         return None
-    rounding = _ROUNDINGS[config.quantization]
+    rounding = _ROUNDINGS[wanted]
     if config.quantization_group_size is not None:
         rounding = dataclasses.replace(rounding, group_size=config.quantization_group_size)
     return rounding
+
+
+def bytes_per_weight(plan: Plan | None) -> float | None:
+    """Of a quantised layer's weights, without scales; None if they are not, or do not say."""
+    bits: int | None = None
+    if isinstance(plan, Rounding):
+        bits = plan.bits
+    elif isinstance(plan, Stored):
+        bits = plan.settings.get("bits")
+    return None if bits is None else bits / 8
 
 
 def layers_to_quantise(model: Any) -> list[str]:
@@ -108,16 +163,51 @@ def make_random(model: Any, rounding: Rounding, device: torch.device) -> None:
     _finish(model, rounding)
 
 
-def as_transformers(rounding: Rounding) -> Any:
-    """The argument ``quantization_config`` of ``from_pretrained``."""
-    return _Config(rounding)
+def arguments(hf_config: Any, plan: Plan | None) -> dict[str, Any]:
+    """The arguments ``config`` and ``quantization_config`` of ``from_pretrained``."""
+    if plan is None:
+        return {"config": hf_config}
+    hf_config = copy.deepcopy(hf_config)
+    for part in (hf_config, hf_config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # or transformers would ask for the format's package
+    return {"config": hf_config, "quantization_config": _Config(plan)}
+
+
+class _Interrupted(BaseException):
+    """Carries an error past transformers, which only notes an ``Exception`` and reads on."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def errors_as_they_were() -> Iterator[None]:
+    """Raise what goes wrong in quantising, while transformers reads weights, as it was raised."""
+    try:
+        yield
+    except _Interrupted as interrupted:
+        raise interrupted.reason from None
 
 
 @register_quantization_config(_NAME)
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
-    def __init__(self, rounding: Rounding) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.quant_method = _NAME
-        self.rounding = rounding
+        self.plan = plan
+
+
+class _Held(nn.Module):
+    """A layer's tensors as they are in a checkpoint, on the ``meta`` device until they are read."""
+
+    def __init__(self, layer: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
 
 @register_quantizer(_NAME)
@@ -129,15 +219,21 @@ class _Hook(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        self._weights = {f"{name}.weight" for name in layers_to_quantise(model)}
-        if not self._weights:
-            raise ModelError(
-                f"The model type '{model.config.model_type}' has no plain linear layer that could "
-                "be quantised; remove the setting 'quantization'."
-            )
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        self._plan: Plan = self.quantization_config.plan
+        self._weights: set[str] = set()
+        if isinstance(self._plan, Stored):
+            _hold(model, self._plan, checkpoint_files or [])
+        else:
+            self._weights = {f"{name}.weight" for name in layers_to_quantise(model)}
+            if not self._weights:
+                raise ModelError(
+                    f"The model type '{model.config.model_type}' has no plain linear layer that "
+                    "could be quantised; remove the setting 'quantization'."
+                )
         self._shapes = {name: weight.shape for name, weight in model.named_parameters()}
-        self._num_weights = 0
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return param_name in self._weights
@@ -147,18 +243,26 @@ class _Hook(HfQuantizer):  # type: ignore[misc]
 
     def take(self, model: Any, name: str, weight: torch.Tensor) -> None:
         """Quantise the weight of that name, which may be freed afterwards."""
-        if weight.shape != self._shapes[name]:
-            raise ValueError(f"'{name}' is {tuple(weight.shape)}, not {tuple(self._shapes[name])}.")
-        round_layer(model, name.removesuffix(".weight"), weight, self.quantization_config.rounding)
-        self._num_weights += weight.numel()
+        assert isinstance(self._plan, Rounding)
+        try:
+            _check_shape(name, weight, self._shapes)
+            round_layer(model, name.removesuffix(".weight"), weight, self._plan)
+        except Exception as exc:
+            raise _Interrupted(exc) from None
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # With a hook, transformers does not compare all shapes itself.
         for name, weight in model.named_parameters():
-            if weight.shape != self._shapes[name]:
-                raise ValueError(f"'{name}' is {tuple(weight.shape)}, not as its config.json says.")
-        _finish(model, self.quantization_config.rounding)
+            _check_shape(name, weight, self._shapes)
+        if isinstance(self._plan, Stored):
+            _convert(model, self._plan)
+        _finish(model, self._plan)
         return model
+
+
+def _check_shape(name: str, weight: torch.Tensor, shapes: Mapping[str, torch.Size]) -> None:
+    if weight.shape != shapes[name]:
+        raise ValueError(f"'{name}' is {tuple(weight.shape)}, not {tuple(shapes[name])}.")
 
 
 class _Take(ConversionOps):  # type: ignore[misc]
@@ -187,19 +291,87 @@ class _Take(ConversionOps):  # type: ignore[misc]
         return rest
 
 
-def _finish(model: Any, rounding: Rounding) -> None:
+def _hold(model: Any, plan: Stored, files: list[str]) -> None:
+    """Make room for the quantised layers' tensors, under their names in the checkpoint.
+
+    Raises:
+        ModelError: other than plain linear layers are quantised, or none is.
+    """
+    method = plan.settings["quant_method"]
+    names = checkpoint_formats.TENSORS[method]
+    if not all(str(file).endswith(".safetensors") for file in files):
+        raise ModelError("Quantised weights are read from safetensors files only; convert them.")
+    stored = {key: tensor for file in files for key, tensor in _headers(file).items()}
+    prefixes = {key.removesuffix(f".{names[0]}") for key in stored if key.endswith(f".{names[0]}")}
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name in prefixes:
+            tensors = {n: stored[f"{name}.{n}"] for n in names if f"{name}.{n}" in stored}
+            replace(model, name, _Held(module, tensors))
+            prefixes.remove(name)
+    if prefixes:
+        raise ModelError(
+            f"Of the weights quantised by '{method}', {len(prefixes)} are not those of plain "
+            f"linear layers, the only ones that are read; the first is '{min(prefixes)}'."
+        )
+    if not any(isinstance(module, _Held) for module in model.modules()):
+        raise ModelError(
+            f"The config.json says that weights are quantised by '{method}', but none is."
+        )
+
+
+def _headers(file: str) -> dict[str, torch.Tensor]:
+    """What tensors a safetensors file has, of their shapes and dtypes, on the ``meta`` device."""
+    with safetensors.safe_open(file, framework="pt") as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        return {
+            key: torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+            for key, part in slices.items()
+            if part.get_dtype() in _DTYPES
+        }
+
+
+_DTYPES = {
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+}  # fmt: skip
+
+
+def _convert(model: Any, plan: Stored) -> None:
+    """Put layers of our layout in the places of those that hold a checkpoint's tensors."""
+    held = [(name, module) for name, module in model.named_modules() if isinstance(module, _Held)]
+    while held:
+        name, module = held.pop()
+        try:
+            layer = checkpoint_formats.read_layer(
+                plan.settings,
+                dict(module.named_buffers()),
+                module.in_features,
+                module.out_features,
+                module.bias,
+            )
+        except checkpoint_formats.Unreadable as exc:
+            raise ModelError(f"The quantised layer '{name}' cannot be read: {exc}.") from None
+        replace(model, name, layer)
+
+
+def _finish(model: Any, plan: Plan) -> None:
     """Let the model's configuration tell how it is quantised, and the log how much of it is."""
-    model.config.quantization_config = {"quant_method": _NAME, **dataclasses.asdict(rounding)}
+    settings: Mapping[str, Any] = (
+        plan.settings
+        if isinstance(plan, Stored)
+        else {"quant_method": _NAME, **dataclasses.asdict(plan)}
+    )
+    model.config.quantization_config = dict(settings)
     layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
     for layer in layers:
         del layer.weight
     quantised = sum(layer.num_weights for layer in layers)
     others = sum(p.numel() for p in model.parameters())
     logger.info(
-        "%d of %d weights are quantised, to %d bits; embeddings, norms and whatever is no plain "
+        "%d of %d weights are quantised, to %s bits; embeddings, norms and whatever is no plain "
         "linear layer stay in %s.",
         quantised,
         quantised + others,
-        rounding.bits,
+        " and ".join(str(bits) for bits in sorted({layer.bits for layer in layers})),
         str(model.dtype).removeprefix("torch."),
     )

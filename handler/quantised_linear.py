@@ -18,6 +18,8 @@ from pagetier.kernels import packing
 
 # Of rows that are rounded at once: working memory must not grow with the layer.
 _MAX_ELEMENTS = 1 << 24
+# Numbers of tokens for which tables may name different kernels.
+_WARM_UP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 _library: Any = torch.library.Library("pagetier", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -168,22 +170,31 @@ def _at_least(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (rounded.view(torch.int16) + (rounded.float() < scales).to(torch.int16)).view(dtype)
 
 
+@torch.inference_mode()
+def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
+    """Launch the product by each kind of quantised layer for few and many tokens of ``dtype``.
+
+    A kernel is compiled when it is first launched: seconds that no step should wait for.
+    """
+    kinds: dict[tuple[Any, ...], QuantisedLinear] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear):
+            kinds.setdefault((layer.out_features, *_kind(layer)), layer)
+    for layer in kinds.values():
+        for num_tokens in _WARM_UP_TOKENS:
+            layer(
+                torch.zeros(num_tokens, layer.in_features, dtype=dtype, device=layer.packed.device)
+            )
+
+
 def join(layers: Sequence[QuantisedLinear]) -> QuantisedLinear | None:
     """One layer with the outputs of all, one after the other; None if they do not match.
 
     Rows are quantised apart from each other, so the joined layer has the same numbers.
     """
     first = layers[0]
-
-    def kind(layer: QuantisedLinear) -> tuple[Any, ...]:
-        return (
-            layer.in_features, layer.bits, layer.group_size, layer.scales.dtype,
-            layer.packed.device, layer.zeros is None, layer.bias is None,
-            layer.permutation is None,
-        )  # fmt: skip
-
     for layer in layers:
-        if kind(layer) != kind(first):
+        if _kind(layer) != _kind(first):
             return None
         ours, others = layer.permutation, first.permutation
         if ours is not None and others is not None and not torch.equal(ours, others):
@@ -201,6 +212,14 @@ def join(layers: Sequence[QuantisedLinear]) -> QuantisedLinear | None:
         first.permutation,
         bias,
     )
+
+
+def _kind(layer: QuantisedLinear) -> tuple[Any, ...]:
+    """What layers have in common that can be one."""
+    return (
+        layer.in_features, layer.bits, layer.group_size, layer.scales.dtype, layer.packed.device,
+        layer.zeros is None, layer.bias is None, layer.permutation is None,
+    )  # fmt: skip
 
 
 def _join(

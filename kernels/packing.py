@@ -1,7 +1,7 @@
 """The one layout of quantised weights: whole numbers of 4 or 8 bits in words of 32, row by row.
 
 Owns the layout, and packing and unpacking in plain torch. Knows nothing of where numbers come from,
-nor of the products that read them (``quantised_linear``).
+nor of the products that read them (``quantised_projection``).
 
 A weight of ``(out, in)`` is ``(number - zero) * scale``. Numbers are unsigned; each group of
 ``group_size`` neighbouring columns of a row has a scale and a zero, both ``(groups, out)``, so that

@@ -56,12 +56,15 @@ def _wait_for_inputs(weight_rows, first, last, LINES: tl.constexpr, LINE: tl.con
 
 
 @triton.jit
-def _finish(
+def finish(
     total, bias_ptr, out_ptr, partial_ptr, counters_ptr, tokens, outs, num_tokens, out_size,
     out_stride, splits,
     TOKENS: tl.constexpr, OUTS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the splits' sums ``(TOKENS, OUTS)``, and store the result from the last one."""
+    """Add up the splits' sums ``(TOKENS, OUTS)``, and store the result from the last one.
+
+    Of a grid ``(tiles, splits)``; ``workspace`` gives ``partial_ptr`` and ``counters_ptr``.
+    """
     exists = (tokens < num_tokens)[:, None] & (outs < out_size)[None, :]
     is_last = splits == 1
     if splits > 1:
@@ -131,7 +134,7 @@ def _matrix_kernel(
             total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
     if SWAP:
         total = tl.trans(total)
-    _finish(
+    finish(
         total, bias_ptr, out_ptr, partial_ptr, counters_ptr, tokens, outs, num_tokens, out_size,
         out_stride, splits, TOKENS, OUTS, HAS_BIAS,
     )  # fmt: skip
@@ -168,7 +171,7 @@ def _vector_kernel(
             )
             x = tl.load(x_ptr + at, mask=exists, other=0.0)
         total += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    _finish(
+    finish(
         tl.sum(total, 1)[None, :], bias_ptr, out_ptr, partial_ptr, counters_ptr,
         tl.arange(0, 1), outs, 1, out_size, 0, splits, 1, OUTS, HAS_BIAS,
     )  # fmt: skip
@@ -247,13 +250,8 @@ def launch(
     tile_tokens, tile_outs, tile_ins = 1 if is_vector else use["tokens"], use["outs"], use["ins"]
     assert num_tokens == 1 or not is_vector, f"{use} is for one token, not for {num_tokens}"
     tiles = -(-num_tokens // tile_tokens) * -(-out_size // tile_outs)
-    # None of the splits may be empty: the last one would wait for none of them, but prefetching
-    # would read before a row's start.
-    steps = -(-in_size // tile_ins)
-    splits = min(use["splits"], steps, _MAX_PARTIAL_SUMS // (tiles * tile_tokens * tile_outs))
-    splits = 1 if tiles > _MAX_TILES else max(splits, 1)
-    splits = -(-steps // -(-steps // splits))
-    partial_sums, counters = _workspace(out.device)
+    splits = num_splits(use["splits"], -(-in_size // tile_ins), tiles, tile_tokens * tile_outs)
+    partial_sums, counters = workspace(out.device)
     prefetch = use.get("prefetch", 0)
     tensors = (x, weight, out if bias is None else bias, out, partial_sums, counters)
     shared = {
@@ -278,10 +276,21 @@ def launch(
         )  # fmt: skip
 
 
+def num_splits(wanted: int, steps: int, tiles: int, tile_sums: int) -> int:
+    """Programs among which ``steps`` of each of ``tiles`` are divided, as far as there is room.
+
+    None is left without a step: the last one would wait for none of them, but prefetching would
+    read before a row's start.
+    """
+    splits = min(wanted, steps, _MAX_PARTIAL_SUMS // (tiles * tile_sums))
+    splits = 1 if tiles > _MAX_TILES else max(splits, 1)
+    return -(-steps // -(-steps // splits))
+
+
 _workspaces: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums, and a counter for each tile that every launch leaves at zero."""
     if device not in _workspaces:
         made = (

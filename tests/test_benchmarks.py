@@ -168,16 +168,18 @@ def test_every_kernel_case_runs_at_a_toy_size(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     expected = {
-        "attention": 14, "projections": 20, "copies": 5, "sampling": 5, "elementwise": 12
+        "attention": 14, "projections": 20, "quantised": 6, "copies": 5, "sampling": 5,
+        "elementwise": 12,
     }  # fmt: skip
     for operation, num_cases in expected.items():
         rows = json.loads((tmp_path / f"kernels_{operation}_cpu.json").read_text())["results"]
         assert len(rows) >= num_cases
-        assert done.stdout.count("\n" + operation) == 1
+        assert done.stdout.count(f"\n{operation}\n") == 1
         notes = [row["note"] for row in rows if "note" in row]
         assert all(note.startswith("skipped: ") for note in notes), notes
     tuned = json.loads((tmp_path / "tuned_cpu.json").read_text())["operations"]
     assert [entry["when"]["num_tokens"] for entry in tuned["linear"]] == [[1, 1], [9, 16]]
+    assert len(tuned["quantised_linear"]) == 2 * 2
     written = json.loads((tmp_path / "kernels_attention_cpu.json").read_text())
     assert written["ceilings"]["read_triton"] > 0
     rows = [row for row in written["results"] if "KV" not in row["case"]]

@@ -28,7 +28,9 @@ from pagetier.kernels import (
     elementwise,
     kv_write,
     logit_changes,
+    packing,
     projection,
+    quantised_projection,
     sampling,
     step_state,
 )
@@ -113,6 +115,37 @@ def project_in_common_ways(dtype, _capability) -> None:
     project(vector, 1, dtype, in_size=4100)
 
 
+def project_quantised(
+    use, num_tokens, dtype, bits, group_size, *, out_size=64, in_size=1024, zeros=True
+) -> None:
+    words = packing.num_lines(in_size, bits) * packing.WORDS
+    shape = (in_size // group_size if group_size else 1, out_size)
+    x = torch.zeros(num_tokens, in_size, dtype=dtype)
+    quantised_projection.launch(
+        x,
+        torch.zeros(out_size, words, dtype=torch.int32),
+        torch.zeros(shape, dtype=dtype),
+        torch.zeros(shape, dtype=torch.uint8) if zeros else None,
+        None,
+        x.new_empty(num_tokens, out_size),
+        group_size,
+        bits,
+        use,
+    )
+
+
+def project_quantised_in_other_ways(dtype, _capability) -> None:
+    """Entries are compiled for the usual way: 4 bits, groups of 128 with zeros of their own."""
+    for num_tokens in (1, 16):
+        use = quantised_settings(num_tokens)
+        project_quantised(use, num_tokens, dtype, 8, 0, zeros=False)
+
+
+def quantised_settings(num_tokens):
+    shape = {"bits": 8, "num_tokens": num_tokens, "out_size": 64, "in_size": 1024}
+    return tuning.settings("quantised_linear", torch.device("cpu"), **shape)
+
+
 def normalise_and_activate(dtype, _capability) -> None:
     x = torch.zeros(3, 4096, dtype=dtype)
     elementwise.rms_norm(x, x[0], 1e-5, residual=x)
@@ -156,6 +189,7 @@ LAUNCHES = (
     write_keys_and_values,
     copy_blocks,
     project_in_common_ways,
+    project_quantised_in_other_ways,
     normalise_and_activate,
     choose_tokens,
     change_logits,
@@ -169,6 +203,11 @@ def launch_linear(entry, dtype, _capability) -> None:
         shape = {name: when.get(name, 4096) for name in ("out_size", "in_size")}
         _, num_tokens = when["num_tokens"]
         project(entry.use, num_tokens, dtype, **shape)
+
+
+def launch_quantised_linear(entry, dtype, _capability) -> None:
+    num_tokens = _largest(entry.when.get("num_tokens", 100), at_most=128)
+    project_quantised(entry.use, num_tokens, dtype, entry.when.get("bits", 4), 128)
 
 
 def launch_attention(entry, dtype, capability, operation) -> None:
@@ -193,6 +232,7 @@ def _largest(bounds, *, at_most) -> int:
 # How an entry of each operation is launched.
 ENTRY_LAUNCHES = {
     "linear": launch_linear,
+    "quantised_linear": launch_quantised_linear,
     "decode_attention": functools.partial(launch_attention, operation="decode_attention"),
     "prefill_attention": functools.partial(launch_attention, operation="prefill_attention"),
 }

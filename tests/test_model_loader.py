@@ -77,7 +77,7 @@ def test_geometry_is_what_each_layer_calls_attention_with() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised ('gptq')"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantised ('fp8'); read are"),
         ("llama", {"is_causal": False}, "not causal"),
         ("llama", {"attention_chunk_size": 16}, "chunked"),
         ("llama", {"sliding_window": 6}, "hides its sliding window"),

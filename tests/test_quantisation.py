@@ -205,6 +205,19 @@ def test_weights_that_do_not_fit_their_configuration_are_found(tmp_path: pathlib
         load(tmp_path, **INT8)
 
 
+def test_rounding_that_takes_too_much_memory_is_said_to(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    tiny_models.save("llama", tmp_path)
+    monkeypatch.setattr(QuantisedLinear, "rounded", fail)
+    # 30,944 weights of half a byte.
+    with pytest.raises(ModelError, match=r"15.1 KiB, do not fit into this machine's memory"):
+        load(tmp_path, **INT4)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

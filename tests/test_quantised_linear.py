@@ -194,6 +194,22 @@ def test_joined_layers_that_would_differ_stay_apart(
     assert "stay apart" in caplog.text
 
 
+def test_each_kind_of_layer_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = [QuantisedLinear.rounded(randn(6, 96), 4, 32, symmetric=False) for _ in range(3)]
+    other = QuantisedLinear.rounded(randn(7, 96), 4, 32, symmetric=False)
+    seen: list[tuple[torch.Size, torch.dtype]] = []
+    forward = QuantisedLinear.forward
+
+    def note(layer: QuantisedLinear, x: torch.Tensor) -> torch.Tensor:
+        seen.append((forward(layer, x).shape, x.dtype))
+        return forward(layer, x)
+
+    monkeypatch.setattr(QuantisedLinear, "forward", note)
+    quantised_linear.warm_up(nn.Sequential(*alike, nn.Linear(6, 6), other), torch.bfloat16)
+    counts = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert seen == [((n, size), torch.bfloat16) for size in (6, 7) for n in counts]
+
+
 def test_operator_for_compilers_has_the_shape_and_value_of_the_function() -> None:
     layer = QuantisedLinear.rounded(randn(6, 96), 4, 32, symmetric=False)
     arguments = (randn(2, 3, 96), layer.packed, layer.scales, layer.zeros, None, 32, 4)

@@ -16,7 +16,7 @@ from benchmarks import record, tables
 from benchmarks.kernels import bench, ceilings
 from pagetier.kernels import tuning
 
-OPERATIONS = ("attention", "projections", "copies", "sampling", "elementwise")
+OPERATIONS = ("attention", "projections", "quantised", "copies", "sampling", "elementwise")
 # Of the time that is left, what tuning may take.
 _TUNING_SHARE = 0.6
 

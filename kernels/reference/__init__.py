@@ -18,7 +18,7 @@ from pagetier.kernels.reference.block_copy import (
 from pagetier.kernels.reference.kv_write import write_kv, write_rotated_kv
 from pagetier.kernels.reference.logit_changes import allow_tokens, penalise_rows
 from pagetier.kernels.reference.projection import linear
-from pagetier.kernels.reference.quantised_linear import dequantise, quantised_linear
+from pagetier.kernels.reference.quantised_projection import dequantise, quantised_linear
 from pagetier.kernels.reference.sampling import greedy_tokens, sample_tokens
 from pagetier.kernels.reference.step_state import advance_rows, change_rows, read_rows
 
