@@ -1,4 +1,4 @@
-"""The ``pagetier`` command: make archives, serve and watch them, talk with them.
+"""The ``pagetier`` command: plan, make archives, serve and watch them, talk with them.
 
 Owns the command line: its arguments, what it prints, exit codes. A mistake of the user's is one
 sentence on stderr and exit code 1. Imports no torch.
@@ -19,6 +19,19 @@ import yaml
 from pagetier import __version__
 from pagetier.handler.errors import ConfigError, EngineError, LaunchError
 
+# Settings that have a flag of their own in ``pagetier plan``.
+_PLANNED_SETTINGS = (
+    "dtype",
+    "quantization",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "swap_space",
+    "gpu_memory_utilization",
+    "device",
+)
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -83,6 +96,36 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=int, default=96, help="of each request (default: 96)")
     demo.add_argument("--port", type=int, help="as in serve (default: free ports)")
     demo.set_defaults(run=_demo)
+
+    plan = commands.add_parser(
+        "plan", help="say where memory will go and what will fit, before anything is loaded"
+    )
+    plan.add_argument("model", help="a local Hugging Face folder, of which config.json is enough")
+    for name, what in (
+        ("--gpu-memory", "all memory of the GPU, as 12GiB or 12 (default: this machine's GPU)"),
+        ("--host-memory", "free host memory (default: this machine's)"),
+        ("--context", "of the GPU, the CUDA context and other processes (default: 512MiB)"),
+    ):
+        plan.add_argument(name, metavar="SIZE", help=what)
+    for name, what in (
+        ("--link", "between GPU and host, one way (default: assumes 25)"),
+        ("--memory-bandwidth", "of the GPU; without it no bounds on speed are told"),
+    ):
+        plan.add_argument(name, type=float, metavar="GB/S", help=what)
+    plan.add_argument(
+        "--tflops",
+        type=float,
+        help="that prompts are computed with (default: assumes 50)",
+    )
+    plan.add_argument(
+        "--input-tokens", type=int, help="of a request that is expected (default: 512)"
+    )
+    plan.add_argument("--output-tokens", type=int, help="likewise (default: 128)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    for name in _PLANNED_SETTINGS:
+        plan.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=f"as --set {name}=")
+    _add_settings(plan)
+    plan.set_defaults(run=_plan)
 
     top = commands.add_parser("top", help="watch a served model: both tiers, requests, rates")
     _add_address(top)
@@ -214,6 +257,28 @@ def _demo(arguments: argparse.Namespace) -> int:
         num_requests=arguments.requests,
         max_tokens=arguments.max_tokens,
         port=arguments.port,
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pagetier.handler.plan_view import run_plan
+
+    pairs = [
+        f"{name}={value}"
+        for name in _PLANNED_SETTINGS
+        if (value := getattr(arguments, name)) is not None
+    ]
+    return run_plan(
+        {"model": arguments.model, **parse_settings([*pairs, *arguments.settings])},
+        gpu_memory=arguments.gpu_memory,
+        host_memory=arguments.host_memory,
+        context=arguments.context,
+        link=arguments.link,
+        tflops=arguments.tflops,
+        memory_bandwidth=arguments.memory_bandwidth,
+        num_input_tokens=arguments.input_tokens,
+        num_output_tokens=arguments.output_tokens,
+        as_json=arguments.json,
     )
 
 

@@ -23,6 +23,7 @@ import torch
 
 from pagetier import kernels
 from pagetier.handler.compilation import Forward
+from pagetier.handler.config import EngineConfig
 from pagetier.handler.device_rows import DecodeInputs, DeviceRows
 from pagetier.handler.paged_model import ForwardContext, forward_context
 from pagetier.kernels import AttentionMetadata
@@ -57,6 +58,12 @@ def default_sizes(max_num_seqs: int) -> list[int]:
     while sizes[-1] < max_num_seqs:
         sizes.append(sizes[-1] + max(32, sizes[-1] // 8))
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def graph_sizes(config: EngineConfig) -> tuple[int, ...]:
+    """The sizes of batches that an engine with these settings captures, ascending."""
+    sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
+    return tuple(sorted({min(size, config.max_num_seqs) for size in sizes}))
 
 
 class DecodeGraphs:

@@ -14,16 +14,16 @@ from collections.abc import Callable
 
 import torch
 
-from pagetier.handler import quantised_linear
+from pagetier.handler import quantised_linear, tier_sizes
 from pagetier.handler.compilation import Forward, NotTraceable, compile_forward
 from pagetier.handler.config import EngineConfig
-from pagetier.handler.cuda_graphs import default_sizes
+from pagetier.handler.cuda_graphs import graph_sizes
 from pagetier.handler.engine import EngineCore
 from pagetier.handler.errors import ConfigError
 from pagetier.handler.gpu_memory import GpuMemory
 from pagetier.handler.kv_cache_manager import KVCacheManager
 from pagetier.handler.messages import AddRequest
-from pagetier.handler.model_loader import LoadedModel, load_model
+from pagetier.handler.model_loader import LoadedModel, attention_dim, load_model
 from pagetier.handler.model_runner import ModelRunner
 from pagetier.handler.packed_linear import pack
 from pagetier.handler.sampling_params import SamplingParams
@@ -41,14 +41,12 @@ from pagetier.offload.calibrate import (
     measure_prefill,
 )
 from pagetier.offload.cost_model import CostModel
-from pagetier.offload.tiers import KVLayout
+from pagetier.offload.tiers import KVLayout, LayerKV
 from pagetier.offload.transfer import Link, make_link
 from pagetier.offload.weights import WeightStream
 
 logger = logging.getLogger(__name__)
 
-# On a machine without a GPU the first tier lies in host memory too, and takes at most this share.
-_HOST_SHARE_OF_FIRST_TIER = 0.4
 _MAX_CALIBRATION_TOKENS = 1024
 _KV_DTYPES = {
     "int8": torch.int8,
@@ -108,11 +106,11 @@ def _build(
     execution = choose_execution(config, model, say)
 
     say("Sizing the KV cache")
-    sizes = _size_tiers(config, model, layout, execution)
+    sizes = _size_first_tier(config, model, layout, execution)
     gpu_pages = layout.allocate(
         sizes.num_gpu_blocks, model.device, touch=model.device.type == "cuda"
     )
-    num_cpu_blocks = int(config.swap_space * 2**30) // layout.block_bytes
+    num_cpu_blocks = tier_sizes.num_cpu_blocks(config, layout.block_bytes)
     host = host_memory.allocate_cpu_tier(layout, num_cpu_blocks, pin=gpu_pages.is_cuda)
     num_cpu_blocks = host.pages.shape[0]
 
@@ -196,6 +194,11 @@ def build_serving_engine(
     return core
 
 
+def kv_layout(config: EngineConfig, layers: tuple[LayerKV, ...], dtype: torch.dtype) -> KVLayout:
+    """How a block keeps keys and values of a model that computes in ``dtype``, on any device."""
+    return KVLayout(layers, config.block_size, _KV_DTYPES.get(config.kv_cache_dtype, dtype))
+
+
 def choose_layout(config: EngineConfig, model: LoadedModel) -> KVLayout:
     """How a block keeps the model's keys and values.
 
@@ -203,8 +206,8 @@ def choose_layout(config: EngineConfig, model: LoadedModel) -> KVLayout:
         ConfigError: the device cannot compute with ``kv_cache_dtype``, or not with values of the
             model's sizes in it.
     """
-    dtype = _KV_DTYPES.get(config.kv_cache_dtype, model.dtype)
-    layout = KVLayout(model.kv_layers, config.block_size, dtype)
+    layout = kv_layout(config, model.kv_layers, model.dtype)
+    dtype = layout.dtype
     if config.kv_cache_dtype == "auto" or model.device.type != "cuda":
         return layout
     if dtype == torch.float8_e4m3fn:
@@ -245,15 +248,14 @@ def choose_execution(
     say("Compiling the model")
     if model.stream is not None:
         return _compile_streamed(model, model.stream, say)
-    sizes = config.cudagraph_capture_sizes or default_sizes(config.max_num_seqs)
-    sizes = sorted({min(size, config.max_num_seqs) for size in sizes})
+    sizes = graph_sizes(config)
     try:
         forward = compile_forward(model.model)
         if config.projection_kernels == "torch":
-            return Execution(forward, tuple(sizes))
+            return Execution(forward, sizes)
         say("Compiling the model with our projections")
         decode_forward = compile_forward(model.model, by_kernels=True)
-        return Execution(forward, tuple(sizes), decode_forward)
+        return Execution(forward, sizes, decode_forward)
     except NotTraceable as exc:
         logger.warning(
             "Steps will be slow, run operator by operator: the model cannot be compiled as one "
@@ -263,7 +265,7 @@ def choose_execution(
         return Execution()
     except Exception as exc:  # a compiler's fault must not keep a model from being served
         logger.warning("Steps will be slower: compiling the model failed (%s).", exc, exc_info=exc)
-        return Execution(graph_sizes=tuple(sizes))
+        return Execution(graph_sizes=sizes)
 
 
 def _compile_streamed(
@@ -281,7 +283,7 @@ def _compile_streamed(
         return Execution()
 
 
-def _size_tiers(
+def _size_first_tier(
     config: EngineConfig, model: LoadedModel, layout: KVLayout, execution: Execution
 ) -> _Sizes:
     """How many blocks the GPU tier has, and how long a sequence may be in them.
@@ -289,45 +291,21 @@ def _size_tiers(
     Raises:
         ConfigError: ``max_model_len`` exceeds the model's, or does not fit into the memory.
     """
-    if config.max_model_len is not None and config.max_model_len > model.max_model_len:
-        raise ConfigError(
-            f"The setting 'max_model_len' is {config.max_model_len}, but the model was made for "
-            f"{model.max_model_len} tokens; lower it.",
-            param="max_model_len",
-        )
-    max_model_len = config.max_model_len or model.max_model_len
-    blocks_per_sequence = -(-max_model_len // config.block_size)
+    max_model_len = tier_sizes.wanted_model_len(config, model.max_model_len)
     memory = None
-    if config.num_gpu_blocks_override is not None:
-        num_blocks = config.num_gpu_blocks_override
-    elif model.device.type == "cuda":
+    if model.device.type == "cuda" and config.num_gpu_blocks_override is None:
         memory = _measure_gpu_memory(config, model, layout, max_model_len, execution)
-        if config.max_model_len is not None:
-            needed = blocks_per_sequence * layout.block_bytes
-            memory.check(needed, max_model_len, config.max_num_batched_tokens)
-        num_blocks = memory.for_kv_cache // layout.block_bytes
-    else:
-        affordable = int(host_memory.available_bytes() * _HOST_SHARE_OF_FIRST_TIER)
-        num_blocks = min(
-            blocks_per_sequence * config.max_num_seqs, affordable // layout.block_bytes
-        )
-    capacity = num_blocks * config.block_size
-    if capacity < max_model_len:
-        if config.max_model_len is not None or capacity < 2:
-            raise ConfigError(
-                f"The KV cache has room for {max(capacity, 0)} tokens, but one sequence of "
-                f"max_model_len takes {max_model_len}; lower max_model_len, or raise "
-                "gpu_memory_utilization or num_gpu_blocks_override.",
-                param="max_model_len",
-            )
+    tier = tier_sizes.size_first_tier(
+        config, layout.block_bytes, max_model_len, memory or host_memory.available_bytes()
+    )
+    if tier.max_model_len < max_model_len:
         logger.warning(
             "Sequences may have %d tokens instead of the model's %d: that is what the KV cache "
             "holds.",
-            capacity,
+            tier.max_model_len,
             max_model_len,
         )
-        max_model_len = capacity
-    return _Sizes(num_blocks, max_model_len, memory)
+    return _Sizes(tier.num_blocks, tier.max_model_len, memory)
 
 
 def _measure_gpu_memory(
@@ -365,9 +343,10 @@ def _measure_gpu_memory(
             f"to {max(config.max_num_seqs // 2, 1)} if that does not suffice.",
             param="max_num_batched_tokens",
         ) from None
-    # The largest graph takes the pool that all share; each other one takes what the second did.
     taken = [before - after for before, after in itertools.pairwise(free_bytes)]
-    graph_bytes = sum(taken[:1]) + sum(taken[1:]) * (len(execution.graph_sizes) - 1)
+    graphs = tier_sizes.graph_bytes(
+        sum(taken[:1]), sum(taken[1:]), execution.graph_sizes if taken else ()
+    )
     runner.close()
     del runner
     gc.collect()
@@ -384,7 +363,7 @@ def _measure_gpu_memory(
         weights=sum(storages.values()),
         used=total - free,
         steps=step_bytes,
-        graphs=graph_bytes,
+        graphs=graphs,
     )
 
 
@@ -437,7 +416,7 @@ def _calibrate(
         link_bytes_per_second=rate,
         flops_per_second=1.0,
         num_parameters=model.num_parameters,
-        attention_dim=sum(layer.heads * layer.kv.key_dim for layer in model.layers),
+        attention_dim=attention_dim(model.layers),
     )
     flops = shape.recompute_seconds(num_tokens)  # at one FLOP per second
     return dataclasses.replace(shape, flops_per_second=flops / seconds)

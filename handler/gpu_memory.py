@@ -5,6 +5,7 @@ cache. Knows nothing of how any of it is measured, and imports no torch.
 """
 
 import dataclasses
+import math
 
 from pagetier.handler.errors import ConfigError
 from pagetier.handler.units import format_bytes
@@ -60,8 +61,15 @@ class GpuMemory:
         if self.steps > missing:
             fitting = int(max_num_batched_tokens * (1 - missing / self.steps))
             advice.append(f"lower max_num_batched_tokens to about {fitting}")
+        if self.graphs > missing:
+            advice.append(f"set enforce_eager, which spares {format_bytes(self.graphs)} of graphs")
         if not advice:
-            advice.append("take a smaller model, or free memory that others use on this GPU")
+            larger = self.total + math.ceil(missing / self.utilization)
+            advice.append(
+                f"take a smaller model, whose weights are at most "
+                f"{format_bytes(max(self.weights - missing, 0))}, or a GPU of "
+                f"{format_bytes(larger)}, or free memory that others use on this GPU"
+            )
         raise ConfigError(
             f"The KV cache of one sequence of {max_model_len} tokens takes {format_bytes(needed)}, "
             f"which is {format_bytes(missing)} more than is left: {self}. To start, "
@@ -69,11 +77,16 @@ class GpuMemory:
             param="gpu_memory_utilization",
         )
 
+    @property
+    def others(self) -> int:
+        """What the CUDA context and other processes take."""
+        return max(self.used - self.weights, 0)
+
     def __str__(self) -> str:
-        others = max(self.used - self.weights, 0)
         return (
             f"of {format_bytes(self.total)}, {self.utilization:.0%} may be used; weights take "
-            f"{format_bytes(self.weights)}, CUDA and other processes {format_bytes(others)}, the "
-            f"largest step {format_bytes(self.steps)}, CUDA graphs {format_bytes(self.graphs)}, "
+            f"{format_bytes(self.weights)}, CUDA and other processes "
+            f"{format_bytes(self.others)}, the largest step {format_bytes(self.steps)}, CUDA "
+            f"graphs {format_bytes(self.graphs)}, "
             f"and {format_bytes(max(self.for_kv_cache, 0))} is left for the KV cache"
         )

@@ -8,6 +8,7 @@ device, runs three tokens through it with a probe in place of attention, and ref
 attention would compute wrongly without anybody noticing.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -17,7 +18,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from pagetier.handler import (
 )
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
+from pagetier.handler.live_bytes import LiveBytes
 from pagetier.handler.quantised_linear import QuantisedLinear
 from pagetier.handler.units import format_bytes
 from pagetier.offload import host_memory
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE = "pagetier_probe"
 _PROBE_TOKENS = 3
+_TRIAL_DTYPE = torch.bfloat16
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -71,6 +74,11 @@ class AttentionLayer:
     window: int
     softcap: float
     sinks: bool
+
+
+def attention_dim(layers: Sequence[AttentionLayer]) -> int:
+    """Heads times their size, over all layers: what attention's products cost by."""
+    return sum(layer.heads * layer.kv.key_dim for layer in layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +124,7 @@ class _Refused(Exception):
 
 class _Probe(threading.local):
     layers: dict[int, AttentionLayer] | None = None
+    num_tokens: int = _PROBE_TOKENS
 
 
 _probe = _Probe()
@@ -156,7 +165,7 @@ def _probe_attention(
         if name not in _HARMLESS_KEYWORDS and extra is not None:
             raise _Refused(f"its attention takes '{name}', which paged attention does not have")
     heads, kv_heads = query.shape[1], key.shape[1]
-    if key.shape[2] != _PROBE_TOKENS or value.shape[1:3] != key.shape[1:3] or heads % kv_heads:
+    if key.shape[2] != _probe.num_tokens or value.shape[1:3] != key.shape[1:3] or heads % kv_heads:
         raise _Refused("its keys and values are not one of each per token and head")
     layers[index] = AttentionLayer(
         heads=heads,
@@ -174,11 +183,37 @@ AttentionInterface.register(_PROBE, _probe_attention)
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a trial run shows of a model: its attention layers, what may be fused, its size."""
+    """What a trial run shows of a model: its attention layers, what may be fused, its size.
+
+    Attributes:
+        layers: in order.
+        fusible: linear layers that read the same tensor.
+        num_weights: parameters; those that several layers share count once.
+        num_parameters: without the embeddings at either end.
+        num_head_weights: of the output embedding.
+        is_tied: whether that is the input embedding, too.
+        num_expert_weights: of all experts among which a router chooses.
+        quantisable: shapes of the linear layers' weights that could be quantised, and how many are
+            of each.
+        buffer_bytes: of what belongs to the model but is no parameter, and has a dtype of its own.
+        num_cast_buffers: elements of other buffers, which have the dtype of the weights.
+    """
 
     layers: tuple[AttentionLayer, ...]
     fusible: list[fusion.Group]
     num_weights: int
+    num_parameters: int
+    num_head_weights: int
+    is_tied: bool
+    num_expert_weights: int
+    quantisable: dict[tuple[int, int], int]
+    buffer_bytes: int
+    num_cast_buffers: int
+
+    @property
+    def kv_layers(self) -> tuple[LayerKV, ...]:
+        """What each layer keeps per token."""
+        return tuple(layer.kv for layer in self.layers)
 
 
 def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Architecture:
@@ -195,7 +230,7 @@ def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Ar
     model_type = text_config.model_type
     try:
         _check_settings(hf_config, text_config)
-        layers, fusible, num_weights = _trial_run(hf_config, trust_remote_code)
+        model, layers, fusible = _trial_run(hf_config, trust_remote_code)
         _check_layers(layers, text_config)
     except _Refused as refused:
         raise ModelError(f"The architecture '{model_type}' is not supported: {refused}.") from None
@@ -205,8 +240,55 @@ def check_architecture(hf_config: Any, *, trust_remote_code: bool = False) -> Ar
             "transformers' own output.",
             model_type,
         )
-    in_order = tuple(layers[index] for index in range(len(layers)))
-    return Architecture(in_order, fusible, num_weights)
+    head = model.get_output_embeddings()
+    return Architecture(
+        layers=tuple(layers[index] for index in range(len(layers))),
+        fusible=fusible,
+        num_weights=sum(p.numel() for p in model.parameters()),
+        num_parameters=_num_parameters(model),
+        num_head_weights=0 if head is None else head.weight.numel(),
+        is_tied=head is not None and head.weight is model.get_input_embeddings().weight,
+        num_expert_weights=sum(
+            p.numel() for name, p in model.named_parameters() if "experts" in name.split(".")
+        ),
+        quantisable=collections.Counter(
+            tuple(model.get_submodule(name).weight.shape)
+            for name in quantisation.layers_to_quantise(model)
+        ),
+        buffer_bytes=sum(b.nbytes for b in model.buffers() if b.dtype != _TRIAL_DTYPE),
+        num_cast_buffers=sum(b.numel() for b in model.buffers() if b.dtype == _TRIAL_DTYPE),
+    )
+
+
+def step_bytes(
+    hf_config: Any,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_logits: int,
+    *,
+    trust_remote_code: bool = False,
+) -> int:
+    """How much memory a forward pass of that many tokens needs beside the weights, at its peak.
+
+    Seen in a trial run without memory, operator by operator in 16 bits, since some operators know
+    no other dtype there; attention itself needs next to none. For float32 it is scaled, which
+    counts what the model computes in float32 anyway as too large.
+
+    Args:
+        hf_config: of a model that ``check_architecture`` has accepted.
+        dtype: of weights and activations.
+        num_tokens: of the batch.
+        num_logits: rows of logits that are computed.
+
+    Raises:
+        ModelError: the trial run failed.
+    """
+    live = LiveBytes()
+    try:
+        _trial_run(hf_config, trust_remote_code, num_tokens, num_logits, live=live)
+    except _Refused as refused:
+        raise ModelError(f"The memory of a step cannot be estimated: {refused}.") from None
+    return live.peak * dtype.itemsize // _TRIAL_DTYPE.itemsize
 
 
 def _check_settings(hf_config: Any, text_config: Any) -> None:
@@ -236,31 +318,43 @@ def _check_settings(hf_config: Any, text_config: Any) -> None:
 
 
 def _trial_run(
-    hf_config: Any, trust_remote_code: bool
-) -> tuple[dict[int, AttentionLayer], list[fusion.Group], int]:
-    """Run a few tokens through a model without weights and return what was seen."""
+    hf_config: Any,
+    trust_remote_code: bool,
+    num_tokens: int = _PROBE_TOKENS,
+    num_logits: int = 1,
+    live: LiveBytes | None = None,
+) -> tuple[Any, dict[int, AttentionLayer], list[fusion.Group]]:
+    """Run a few tokens through a model without weights; returns it and what was seen.
+
+    What may be fused is not looked for while memory is counted: looking keeps inputs alive.
+    """
     hf_config = copy.deepcopy(hf_config)
     # With a padding token some models look for it in the input, which has no values here.
     hf_config.pad_token_id = None
-    _probe.layers = {}
+    _probe.layers, _probe.num_tokens = {}, num_tokens
     try:
         with _quiet_transformers(), torch.device("meta"), torch.no_grad():
             model = AutoModelForCausalLM.from_config(
                 hf_config,
                 attn_implementation=_PROBE,
-                dtype=torch.bfloat16,
+                dtype=_TRIAL_DTYPE,
                 trust_remote_code=trust_remote_code,
             ).eval()
             _pin_longrope(model, 1)
-            tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long)
-            with fusion.watch(model) as fusible:
+            tokens = torch.zeros(1, num_tokens, dtype=torch.long)
+            fusible: list[fusion.Group] = []
+            with contextlib.ExitStack() as watching:
+                if live is None:
+                    fusible = watching.enter_context(fusion.watch(model))
+                else:
+                    watching.enter_context(live)
                 model(
                     input_ids=tokens,
                     position_ids=tokens,
                     use_cache=False,
-                    logits_to_keep=torch.zeros(1, dtype=torch.long),
+                    logits_to_keep=torch.zeros(num_logits, dtype=torch.long),
                 )
-        return _probe.layers, fusible, sum(p.numel() for p in model.parameters())
+        return model, _probe.layers, fusible
     except _Refused:
         raise
     except Exception as exc:
@@ -271,10 +365,10 @@ def _trial_run(
             raise _Refused("transformers has no causal language model for it") from exc
         reason = str(exc).strip().partition("\n")[0].rstrip(".")
         raise _Refused(
-            f"a trial run of {_PROBE_TOKENS} tokens failed ({type(exc).__name__}: {reason})"
+            f"a trial run of {num_tokens} tokens failed ({type(exc).__name__}: {reason})"
         ) from exc
     finally:
-        _probe.layers = None
+        _probe.layers, _probe.num_tokens = None, _PROBE_TOKENS
 
 
 def _check_layers(layers: dict[int, AttentionLayer], text_config: Any) -> None:
@@ -301,6 +395,39 @@ def _check_layers(layers: dict[int, AttentionLayer], text_config: Any) -> None:
         raise _Refused("it hides its sliding window from attention")
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What is known of a model before any weight is read.
+
+    Attributes:
+        hf_config: its transformers configuration.
+        architecture: what the gate saw.
+        max_model_len: longest sequence that it was made for, in tokens.
+    """
+
+    hf_config: Any
+    architecture: Architecture
+    max_model_len: int
+
+
+def read_outline(config: EngineConfig) -> Outline:
+    """Check the model that ``config`` names, by its configuration alone.
+
+    Raises:
+        ModelError: the configuration cannot be read, or the model is not supported.
+    """
+    hf_config = _read_config(config)
+    architecture = check_architecture(hf_config, trust_remote_code=config.trust_remote_code)
+    text_config = hf_config.get_text_config()
+    max_model_len = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
+    if max_model_len is None:
+        raise ModelError(
+            f"The model '{config.model}' does not say how long its sequences may be; set "
+            "max_model_len."
+        )
+    return Outline(hf_config, architecture, int(max_model_len))
+
+
 # --- loading -------------------------------------------------------------------------------------
 
 
@@ -322,16 +449,11 @@ def load_model(
     say = progress or (lambda stage: None)
     device = _resolve_device(config.device)
     say("checking the architecture")
-    hf_config = _read_config(config)
-    architecture = check_architecture(hf_config, trust_remote_code=config.trust_remote_code)
+    outline = read_outline(config)
+    hf_config, architecture = outline.hf_config, outline.architecture
     text_config = hf_config.get_text_config()
-    max_model_len = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
-    if max_model_len is None:
-        raise ModelError(
-            f"The model '{config.model}' does not say how long its sequences may be; set "
-            "max_model_len."
-        )
-    dtype = _resolve_dtype(config.dtype, hf_config, device)
+    max_model_len = outline.max_model_len
+    dtype = resolve_dtype(config.dtype, hf_config, device)
     plan = quantisation.plan(config, hf_config)
     free_bytes = {"cpu": host_memory.available_bytes()}
     if device.type == "cuda":
@@ -477,7 +599,7 @@ def _resolve_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _resolve_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype | None:
+def resolve_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype | None:
     """The dtype asked for; None leaves it to the weights, whose configuration does not say."""
     if name != "auto":
         return _DTYPES[name]

@@ -143,6 +143,15 @@ def round_layer(model: nn.Module, name: str, weight: torch.Tensor, rounding: Rou
     replace(model, name, rounded)
 
 
+def layer_bytes(shape: tuple[int, int], rounding: Rounding, dtype: torch.dtype) -> int:
+    """Bytes of a quantised layer of that shape, without its bias; nothing is allocated."""
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    layer = QuantisedLinear.rounded(
+        weight, rounding.bits, rounding.group_size, symmetric=rounding.symmetric
+    )
+    return sum(buffer.nbytes for buffer in layer.buffers())
+
+
 @torch.no_grad()
 def make_random(model: Any, rounding: Rounding, device: torch.device) -> None:
     """Give a model on the ``meta`` device random weights on ``device``, quantised one by one."""

@@ -153,3 +153,9 @@ def score(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sample
         chosen = logprobs.gather(-1, token_ids[rows : rows + _SCORED_ROWS, None])[:, 0]
         pieces.append((chosen, top.indices, top.values))
     return SamplerOutput(token_ids, *map(torch.cat, zip(*pieces, strict=True)))
+
+
+def score_bytes(num_rows: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes that ``score`` takes for a moment: a slice's float32 copy and its log-softmax."""
+    num_copies = 1 if dtype == torch.float32 else 2
+    return min(num_rows, _SCORED_ROWS) * vocab_size * 4 * num_copies

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pagetier.handler.client import ServedModel
 from pagetier.handler.errors import EngineError
-from pagetier.handler.units import format_bytes
+from pagetier.handler.units import format_bytes, format_seconds
 
 _BAR_WIDTH = 30
 _LATENCIES = (
@@ -102,7 +102,7 @@ def picture(name: str, now: Snapshot, before: Snapshot | None) -> RenderableType
 
 def _tiers(stats: Mapping[str, Any]) -> Table:
     """Use of both tiers: blocks that requests hold, and in the CPU tier also what is cached."""
-    table = _table("tier", "", "used", "blocks", "free or evictable", "size")
+    table = plain_table("tier", "", "used", "blocks", "free or evictable", "size")
     for title, tier, usage in (
         ("GPU", "gpu", stats["kv_cache_usage_perc"]),
         ("CPU", "cpu", stats["cpu_cache_usage_perc"]),
@@ -120,7 +120,9 @@ def _tiers(stats: Mapping[str, Any]) -> Table:
 
 
 def _requests(stats: Mapping[str, Any]) -> Table:
-    table = _table("requests", "running", "waiting", "swapped", "preempted", "loading", "ended")
+    table = plain_table(
+        "requests", "running", "waiting", "swapped", "preempted", "loading", "ended"
+    )
     names = ("running", "waiting", "swapped", "preempted", "loading")
     table.add_row(
         "now",
@@ -133,7 +135,7 @@ def _requests(stats: Mapping[str, Any]) -> Table:
 
 def _rates(now: Snapshot, before: Snapshot | None) -> Table:
     stats = now.stats
-    table = _table("", "a second", "total")
+    table = plain_table("", "a second", "total")
     for title, name in (
         ("tokens generated", "generation_tokens"),
         ("prompt tokens", "prompt_tokens"),
@@ -155,19 +157,18 @@ def _rates(now: Snapshot, before: Snapshot | None) -> Table:
 
 
 def _latencies(stats: Mapping[str, Any]) -> Table:
-    table = _table("latency, since start", "p50", "p90", "p99")
+    table = plain_table("latency, since start", "p50", "p90", "p99")
     for title, name in _LATENCIES:
         summary = stats[name]
-        cells = [_seconds(summary[p]) for p in ("p50", "p90", "p99")] if summary["count"] else []
+        cells = (
+            [format_seconds(summary[p]) for p in ("p50", "p90", "p99")] if summary["count"] else []
+        )
         table.add_row(title, *(cells or ["-"] * 3))
     return table
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1.0 else f"{1e3 * seconds:.1f} ms"
-
-
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """A table without lines, whose columns but the first are to the right if they have a name."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(columns[0], min_width=6)
     for column in columns[1:]:

@@ -526,6 +526,13 @@ def sample_tokens(
     return out
 
 
+def scratch_bytes(num_rows: int, vocabulary: int) -> int:
+    """Bytes that ``sample_tokens`` takes for a moment, with filters, beside the logits."""
+    num_tiles = triton.cdiv(vocabulary, _TILE)
+    by_tile = num_tiles * (4 + 4 + 8 + 2 * 4 * _PIVOTS.value)
+    return int(num_rows * (by_tile + 4 * _PIVOTS.value + 2 * 4 * _FOUND + 8))
+
+
 def _check_logits(logits: torch.Tensor) -> None:
     if logits.dtype not in _EMPTY_BITS or logits.stride(1) != 1:
         raise ValueError(

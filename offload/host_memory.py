@@ -70,7 +70,12 @@ def available_bytes() -> int:
 
 def budget_bytes() -> int:
     """Host memory that pagetier allows itself to take now."""
-    return int(available_bytes() * _BUDGET_SHARE)
+    return budget_of(available_bytes())
+
+
+def budget_of(available: int) -> int:
+    """What pagetier allows itself of ``available`` bytes."""
+    return int(available * _BUDGET_SHARE)
 
 
 def allocate_cpu_tier(layout: KVLayout, num_blocks: int, *, pin: bool) -> HostPages:

@@ -35,6 +35,7 @@ WITHOUT_TORCH = [
     "handler.request_log",
     "handler.scheduler",
     "handler.step",
+    "handler.tier_sizes",
     "handler.top",
     "handler.torchserve",
     "handler.units",

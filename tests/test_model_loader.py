@@ -25,6 +25,20 @@ from pagetier.offload.tiers import LayerKV
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
+ARCHITECTURE = model_loader.Architecture(
+    layers=(),
+    fusible=[],
+    num_weights=1000,
+    num_parameters=1000,
+    num_head_weights=0,
+    is_tied=False,
+    num_expert_weights=0,
+    quantisable={},
+    buffer_bytes=0,
+    num_cast_buffers=0,
+)
+
+
 def load(folder: pathlib.Path, *, fuse: bool = False, **settings: Any) -> LoadedModel:
     config = EngineConfig.create({"model": str(folder), "device": "cpu", **settings})
     return load_model(config, fuse=fuse)
@@ -260,9 +274,7 @@ def test_weights_that_do_not_fit_are_said_to_be_too_large(
     error: Exception, load_format: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_models.save("llama", tmp_path)
-    monkeypatch.setattr(
-        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [], 1000)
-    )
+    monkeypatch.setattr(model_loader, "check_architecture", lambda *_, **__: ARCHITECTURE)
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -381,7 +393,7 @@ def test_dtype_is_the_checkpoints_own_except_on_a_cpu(tmp_path: pathlib.Path) ->
     assert load(tmp_path, dtype="float16").dtype == torch.float16
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     gpu = torch.device("cuda", 0)
-    assert model_loader._resolve_dtype("auto", config, gpu) == torch.bfloat16
+    assert model_loader.resolve_dtype("auto", config, gpu) == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -451,8 +463,6 @@ def test_a_model_of_unknown_length_needs_max_model_len(
 ) -> None:
     # The architectures that do not say are refused for other reasons, so far.
     tiny_models.configuration("bloom").save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        model_loader, "check_architecture", lambda *_, **__: model_loader.Architecture((), [], 1000)
-    )
+    monkeypatch.setattr(model_loader, "check_architecture", lambda *_, **__: ARCHITECTURE)
     with pytest.raises(ModelError, match="set max_model_len"):
         load(tmp_path)
