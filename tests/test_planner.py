@@ -403,6 +403,8 @@ def test_a_gpu_holds_what_the_plan_says_within_3_percent(
     budget: int | None, shapes: dict[str, pathlib.Path]
 ) -> None:
     """Of the memory that may be used; the context is measured, as it depends on the driver."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
     allowed = 0.9 * total if budget is None else budget * GIB
