@@ -3,6 +3,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 
 import pytest
 from support.stub_model import KEY, stub_model
@@ -90,8 +91,21 @@ def test_on_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(stub):
         read_until(ours, b"> ")
         os.write(ours, b"hi\n")
         read_until(ours, b"Hello.")
-        os.write(ours, b"\x03")
-        read_until(ours, b"> ")
+        interrupted = threading.Event()
+
+        def press_until_interrupted():
+            """As a user does: Python loses an interrupt that meets it in a destructor."""
+            os.write(ours, b"\x03")
+            while not interrupted.wait(5):
+                os.write(ours, b"\x03")
+
+        pressing = threading.Thread(target=press_until_interrupted)
+        pressing.start()
+        try:
+            read_until(ours, b"> ")
+        finally:
+            interrupted.set()
+            pressing.join()
         assert stub.hung_up.wait(10)
         os.write(ours, b"refuse\n")
         rest = read_until(ours, b"Too long.").partition(b"Too long.")[2]
