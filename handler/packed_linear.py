@@ -4,8 +4,12 @@ Owns which layers are packed, and the proof that each computes the same. Knows n
 architectures. A library's product rearranges a weight at each call unless that was done before, and
 for the few tokens of a decode this costs more than the product itself. oneDNN, which comes with
 torch, takes weights that were rearranged once.
+
+For each number of tokens that it meets oneDNN keeps a program and memory as large as the result, up
+to a thousand of them. So tokens are multiplied in a few numbers only, the last of them padded.
 """
 
+import bisect
 import logging
 from collections.abc import Collection
 from typing import Any
@@ -21,6 +25,8 @@ logger = logging.getLogger(__name__)
 # for a single token and slow for all others.
 _TOKENS_OF_LAYOUT = 16
 _CHECKED_TOKENS = (1, 17)
+# Numbers of tokens that are multiplied at once, ascending.
+_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 class PackedLinear(nn.Module):
@@ -36,7 +42,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., out_features)`` for an input ``(..., in_features)``."""
-        return _multiply(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        parts = [self._multiply(some) for some in torch.split(rows, _SIZES[-1])]
+        product = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return product.view(*x.shape[:-1], product.shape[-1])
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product of ``rows``, as many as the largest size or fewer."""
+        num_rows = len(rows)
+        size = _SIZES[bisect.bisect_left(_SIZES, num_rows)]
+        if num_rows < size:
+            padded = rows.new_zeros(size, rows.shape[1])
+            padded[:num_rows] = rows
+            rows = padded
+        return _multiply(rows, self.weight, self.bias)[:num_rows]
 
 
 @torch.no_grad()

@@ -33,9 +33,10 @@ def test_unpacked_weights_are_given_up_and_tied_ones_stay(tmp_path: pathlib.Path
     pack(model)
     assert isinstance(model.lm_head, PackedLinear)
     assert torch.equal(model.get_input_embeddings().weight, embedding)
-    for module in model.modules():
-        if isinstance(module, FusedPart) and module.is_owner:
-            assert module.weight is None
+    parts = [module for module in model.modules() if isinstance(module, FusedPart)]
+    owners = [part for part in parts if part._shared.owner[0] is part]
+    assert owners
+    assert all(owner.weight is None for owner in owners)
     names = [name for name, _ in model.named_parameters()]
     assert not [name for name in names if "proj" in name]
 
@@ -48,6 +49,27 @@ def test_a_result_does_not_depend_on_the_number_of_dimensions() -> None:
         torch.testing.assert_close(packed(x), layer(x))
         torch.testing.assert_close(packed(x[0]), layer(x[0]))
         torch.testing.assert_close(packed(x[:0]), layer(x[:0]))
+
+
+def test_any_number_of_tokens_is_multiplied_in_a_few_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For each number oneDNN keeps memory as large as the result."""
+    layer = nn.Linear(24, 40)
+    packed = PackedLinear(layer)
+    numbers = set()
+    multiply = packed_linear._multiply
+
+    def counted(rows: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        numbers.add(len(rows))
+        return multiply(rows, *arguments)
+
+    monkeypatch.setattr(packed_linear, "_multiply", counted)
+    with torch.no_grad():
+        for num_tokens in (*range(300), 511, 512, 513, 1024, 1500):
+            x = torch.randn(num_tokens, 24)
+            torch.testing.assert_close(packed(x), layer(x))
+    assert numbers == set(packed_linear._SIZES)
 
 
 def test_other_types_stay_as_they_are() -> None:

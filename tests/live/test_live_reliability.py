@@ -35,13 +35,9 @@ MAX_GROWTH = {"engine": 4 * MIB, "worker": 4 * MIB, "frontend": 64 * MIB}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        # oneDNN keeps a program for each number of tokens that it has multiplied, up to 1024: that
-        # many would take longer to see than a short test lasts, and look like a leak meanwhile.
-        patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-        with live_server(tmp_path_factory.mktemp("reliability")) as live:
-            yield live
-            check_idle(live)
+    with live_server(tmp_path_factory.mktemp("reliability")) as live:
+        yield live
+        check_idle(live)
 
 
 def check_idle(server):
