@@ -101,7 +101,7 @@ def compile_forward(
     names, weights = _weights(model)
     with projections.by_kernels() if by_kernels else contextlib.nullcontext():
         if stream is not None:
-            return _compile_pieces(model, backend, names, weights, stream)
+            return _compile_pieces(model, backend, names, weights, by_kernels, stream)
         if backend == "graph":
             graph = _trace(model, names, weights)[0]
             return lambda *inputs: _first(graph(*weights, *inputs))
@@ -206,10 +206,15 @@ def _compile_graph(graph: torch.fx.GraphModule, inputs: list[Any], mode: Any = N
 
 
 def _compile_pieces(
-    model: Any, backend: Backend, names: list[str], weights: list[torch.Tensor], stream: Stream
+    model: Any,
+    backend: Backend,
+    names: list[str],
+    weights: list[torch.Tensor],
+    by_kernels: bool,
+    stream: Stream,
 ) -> Forward:
     """The forward pass of a model with streamed layers, from the cache if it is there."""
-    path = _cache_path(model, names, weights, layers=_places(model, stream.layers))
+    path = _cache_path(model, names, weights, by_kernels, _places(model, stream.layers))
     kept = _load_pieces(path) if backend == "inductor" and path.is_dir() else None
     if kept is not None:
         pieces, functions = kept

@@ -64,7 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         device: ``auto`` takes a GPU where there is one.
         load_format: ``dummy`` makes random weights from ``config.json`` alone.
         enforce_eager: run the model operator by operator on a GPU too, without compiling it and
-            without CUDA graphs: slow, but it starts sooner. A CPU always does.
+            without CUDA graphs: slow, but it starts sooner. A CPU always does, and then leaves
+            weights in their own layout.
         cudagraph_capture_sizes: numbers of sequences whose decode steps get a CUDA graph; None
             chooses some up to ``max_num_seqs``. Larger batches than the largest run without.
         projection_kernels: ``triton`` multiplies by weights with our kernels where the tables of

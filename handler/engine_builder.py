@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from pagetier.handler import quantised_linear, tier_sizes
+from pagetier.handler.architecture import attention_dim
 from pagetier.handler.compilation import Forward, NotTraceable, compile_forward
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.cuda_graphs import graph_sizes
@@ -23,7 +24,7 @@ from pagetier.handler.errors import ConfigError
 from pagetier.handler.gpu_memory import GpuMemory
 from pagetier.handler.kv_cache_manager import KVCacheManager
 from pagetier.handler.messages import AddRequest
-from pagetier.handler.model_loader import LoadedModel, attention_dim, load_model
+from pagetier.handler.model_loader import LoadedModel, load_model
 from pagetier.handler.model_runner import ModelRunner
 from pagetier.handler.packed_linear import pack
 from pagetier.handler.sampling_params import SamplingParams

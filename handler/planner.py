@@ -9,7 +9,7 @@ is shown.
 What is estimated, where the engine measures:
 
 - a step: the most that live tensors take in a trial run of the largest batch without memory
-  (``model_loader.step_bytes``), or if that is more, its logits and what choosing tokens from them
+  (``architecture.step_bytes``), or if that is more, its logits and what choosing tokens from them
   takes; and cuBLAS's workspaces. A compiled step keeps fewer tensors than the trial run, operator
   by operator, does, and CUDA's allocator rounds up: neither is counted.
 - CUDA graphs: the largest takes its trial run's peak, and each other one keeps its logits; they are
@@ -29,20 +29,18 @@ from typing import Any
 import torch
 
 from pagetier.handler import checkpoint, quantisation, tier_sizes
+from pagetier.handler.architecture import (
+    Architecture,
+    AttentionLayer,
+    attention_dim,
+    step_bytes,
+)
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.cuda_graphs import graph_sizes
 from pagetier.handler.engine_builder import kv_layout
 from pagetier.handler.errors import ConfigError
 from pagetier.handler.gpu_memory import GpuMemory
-from pagetier.handler.model_loader import (
-    Architecture,
-    AttentionLayer,
-    Outline,
-    attention_dim,
-    read_outline,
-    resolve_dtype,
-    step_bytes,
-)
+from pagetier.handler.model_loader import Outline, read_outline, resolve_dtype
 from pagetier.handler.sampler import score_bytes
 from pagetier.handler.step import MAX_PROMPT_LOGPROBS_PER_STEP
 from pagetier.handler.units import format_bytes

@@ -94,7 +94,7 @@ def test_on_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(stub):
         interrupted = threading.Event()
 
         def press_until_interrupted():
-            """As a user does: Python loses an interrupt that meets it in a destructor."""
+            """As a user does when nothing happens: once, on a busy machine, nothing did."""
             os.write(ours, b"\x03")
             while not interrupted.wait(5):
                 os.write(ours, b"\x03")

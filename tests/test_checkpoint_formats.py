@@ -12,10 +12,11 @@ from support.driver import NEW_TOKENS, Driver, generate, prompts
 from torch import nn
 
 from pagetier.handler import checkpoint_formats, quantisation
+from pagetier.handler.architecture import check_architecture
 from pagetier.handler.checkpoint_formats import Unreadable, read_layer, refusal
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
-from pagetier.handler.model_loader import check_architecture, load_model
+from pagetier.handler.model_loader import load_model
 from pagetier.handler.quantised_linear import QuantisedLinear
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}

@@ -11,21 +11,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support import tiny_models
 
-from pagetier.handler import model_loader
+from pagetier.handler import architecture, model_loader
+from pagetier.handler.architecture import check_architecture
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.errors import ConfigError, ModelError
-from pagetier.handler.model_loader import (
-    LoadedModel,
-    check_architecture,
-    load_model,
-)
+from pagetier.handler.model_loader import LoadedModel, load_model
 from pagetier.offload.tiers import LayerKV
 
 # transformers 5.17 compiles a function of GPT-BigCode in a way that torch 2.13 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
-ARCHITECTURE = model_loader.Architecture(
+ARCHITECTURE = architecture.Architecture(
     layers=(),
     fusible=[],
     num_weights=1000,
@@ -70,7 +67,7 @@ def test_served_architectures_pass_the_gate_without_a_warning(
 ) -> None:
     layers = check_architecture(tiny_models.configuration(name)).layers
     assert len(layers) == 3
-    assert not [r for r in caplog.records if r.name == model_loader.__name__]
+    assert not [r for r in caplog.records if r.name == architecture.__name__]
 
 
 def test_geometry_is_what_each_layer_calls_attention_with() -> None:
@@ -133,11 +130,11 @@ def test_the_probe_refuses_what_paged_attention_would_leave_out(
     arguments |= {"attention_mask": None, **call}
     module = torch.nn.Module()
     module.layer_idx = arguments.pop("layer_idx", 0)
-    monkeypatch.setattr(model_loader._probe, "layers", {})
+    monkeypatch.setattr(architecture._probe, "layers", {})
     if arguments.pop("twice", False):
-        model_loader._probe_attention(module, **arguments)
-    with pytest.raises(model_loader._Refused, match=reason):
-        model_loader._probe_attention(module, **arguments)
+        architecture._probe_attention(module, **arguments)
+    with pytest.raises(architecture._Refused, match=reason):
+        architecture._probe_attention(module, **arguments)
 
 
 def test_the_gate_reads_no_weight_and_leaves_the_configuration_alone() -> None:
@@ -160,7 +157,7 @@ def test_an_untested_architecture_is_served_with_a_warning(
         vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4,
     )  # fmt: skip
-    with caplog.at_level(logging.WARNING, logger=model_loader.__name__):
+    with caplog.at_level(logging.WARNING, logger=architecture.__name__):
         assert len(check_architecture(config).layers) == 2
     assert "'olmo' passed all checks but is not among those tested" in caplog.text
 

@@ -14,13 +14,14 @@ from transformers import AutoConfig, LlamaConfig
 
 from pagetier import LLM, SamplingParams
 from pagetier.handler import quantisation
+from pagetier.handler.architecture import check_architecture, step_bytes
 from pagetier.handler.checkpoint import read_headers
 from pagetier.handler.cli import main
 from pagetier.handler.config import EngineConfig
 from pagetier.handler.engine_builder import build_engine
 from pagetier.handler.errors import ConfigError, ModelError
 from pagetier.handler.live_bytes import LiveBytes
-from pagetier.handler.model_loader import check_architecture, load_model, step_bytes
+from pagetier.handler.model_loader import load_model
 from pagetier.handler.planner import Machine, Plan, Workload, make_plan
 from pagetier.handler.tier_sizes import graph_bytes
 from pagetier.offload import host_memory

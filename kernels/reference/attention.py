@@ -84,7 +84,7 @@ def paged_attention(
             # The heads that share a KV head become rows of one product.
             rows = queries.view(*piece.shape, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
             rows = rows.reshape(piece.shape[0], kv_heads, -1, head_dim)
-            if softcap or sinks is not None:
+            if softcap or sinks is not None or q.device.type != "cpu":
                 mixed = _attend(rows, keys, values, piece, scale, softcap, grouped_sinks)
             else:
                 mixed = scaled_dot_product_attention(
@@ -319,7 +319,9 @@ def _attend(
     softcap: float,
     grouped_sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of a piece over its gathered contexts, with a cap or with sinks.
+    """Attention of a piece over its gathered contexts, where torch's own does not serve.
+
+    That knows neither a cap nor sinks, and is relied on for rows that see nothing on a CPU alone.
 
     ``rows`` is ``(sequences, kv_heads, heads per KV head * queries, head_dim)``, ``grouped_sinks``
     ``(1, kv_heads, heads per KV head, 1, 1)``; the result is like ``rows``, with ``v_dim``.
